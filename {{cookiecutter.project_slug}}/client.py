@@ -1,0 +1,97 @@
+"""What one site does: receive the global model, validate it, train it on its own images, test it, predict.
+
+NVFlare runs this file at every site. It is an ordinary Lightning script but for the lines marked (1) to (4).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import nvflare.client as flare_client
+import nvflare.client.lightning as flare  # (1) import NVFlare's Lightning client API
+import torch
+from nvflare.app_common.abstract.fl_model import MetaKey
+from pytorch_lightning import Trainer
+
+from data import SiteDataModule
+from model import LitNet
+
+
+def define_parser():
+    parser = argparse.ArgumentParser(description="One site of the federation. job.py says how it is called.")
+    parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--local_epochs", type=int, required=True)
+    parser.add_argument("--learning_rate", type=float, required=True)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--image_size", type=int, required=True)
+    parser.add_argument("--partition", required=True)
+    parser.add_argument("--alpha", type=float, required=True)
+    parser.add_argument("--shards_per_site", type=int, required=True)
+    parser.add_argument("--n_clients", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    return parser
+
+
+def make_trainer(args):
+    use_gpu = args.gpu and torch.cuda.is_available()
+    if args.gpu and not use_gpu:
+        print("WARNING: --gpu was asked for, but this site has no CUDA GPU: training on the CPU")
+    return Trainer(
+        accelerator="gpu" if use_gpu else "cpu",
+        devices=1,
+        max_epochs=args.local_epochs,
+        check_val_every_n_epoch=sys.maxsize,  # the global model is validated before `fit`, not during it
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+
+
+def main():
+    args = define_parser().parse_args()
+
+    flare.init()
+    site = flare.get_site_name()
+    print(f"batch_size={args.batch_size}, site={site}")
+    classes = Path(__file__).with_name("classes.txt").read_text(encoding="utf-8").splitlines()
+
+    data = SiteDataModule(site, classes, args)
+    data.prepare_data()
+    data.setup()
+    model = LitNet(num_classes=len(classes), learning_rate=args.learning_rate)
+    # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
+    model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train}
+
+    trainer = make_trainer(args)
+    evaluator = make_trainer(args)
+    flare.patch(trainer, restore_state=False)  # (2) patch the trainer; each round starts with a fresh optimizer
+
+    while flare.is_running():  # (3) one pass is one task of the server
+        input_model = flare.receive()  # (4) the global model; the patched trainer loads it by itself
+        data.round = input_model.current_round or 0
+
+        if flare_client.is_evaluate():  # the server asks what a global model is worth, nothing more
+            print(f"[Site = {site}] --- evaluate global model ---")
+            model.load_state_dict(input_model.params)
+            metrics = {"val_images": data.n_val, "test_images": data.n_test}
+            for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
+                metrics.update(result)
+            flare_client.send(flare_client.FLModel(metrics=metrics))
+            continue
+
+        print(f"\n[Current Round={input_model.current_round}, Site = {site}]\n")
+        print("--- validate global model ---")
+        trainer.validate(model, datamodule=data)
+        print("--- train new model ---")
+        trainer.fit(model, datamodule=data)
+        print("--- test new model ---")
+        trainer.test(model, datamodule=data)
+        print("--- prediction with new model ---")
+        trainer.predict(model, datamodule=data)
+
+
+if __name__ == "__main__":
+    main()

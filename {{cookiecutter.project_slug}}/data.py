@@ -1,0 +1,241 @@
+"""One site's images as a LightningDataModule. The only door to data: nothing else in the project opens an image.
+
+To train on other data, replace this file. The programs rely on what follows; `options` is the command line's
+(`dataset`, `image_size`, `partition`, `alpha`, `shards_per_site`, `n_clients`, `seed`, `batch_size`):
+
+- `prepare(options)`: get the data ready on this machine; called once, before any site starts;
+- `describe(options)`: who holds what, a `Holdings`;
+- `SiteDataModule(site, classes, options)`: one site's data; after `setup()` it has `n_train`, `n_val` and `n_test`,
+  and client.py sets its `round` before each round, so that every round shuffles anew;
+- `pooled(classes, options)`: the same over all sites' data, as if it could be brought together.
+
+Data that cannot be used raises `DataError`, one line for the user.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+
+from federation.catalog import DataError, Split, open_split
+from federation.catalog import prepare as prepare_store
+from federation.partition import deal, deal_like, hold_out, site_names
+
+VALIDATION_SHARE = 0.2  # of each site's images; fixed for the whole run
+EVALUATION_BATCH = 500  # images; nothing is kept for gradients, so it can be larger than a training batch
+MEAN, STD = 0.5, 0.5  # pixels go from [0, 1] to [-1, 1]
+ROOT_VARIABLE = "FL_DATA_ROOT"  # each site's own; `{site}` in it stands for the site's name
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Who holds what.
+
+    `sites`: site -> `train`, `val`, `test` -> sorted indices into the images that lie under the site's data root.
+    `counts`: site -> class -> number of images to learn from, those for validation included.
+    """
+
+    classes: list[str]
+    sites: dict[str, dict[str, list[int]]]
+    counts: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images that `indices` choose, of uint8 (N, 3, S, S), with their labels, int64 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+
+
+class Batches:
+    """A loader: yields (float32 (B, 3, S, S), int64 (B,)), each batch sliced and normalised whole.
+
+    A DataLoader would fetch and transform image by image, which takes longer than training a small network.
+
+    Args:
+        part: the images.
+        batch_size: B; the last batch may be smaller.
+        shuffle: None keeps the order. A key gives an order of its own to each key and pass, whichever process asks.
+    """
+
+    def __init__(self, part: Part, batch_size: int, shuffle: tuple[int, ...] | None = None):
+        self.part, self.batch_size, self.shuffle = part, batch_size, shuffle
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.part.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = self.part.indices
+        if self.shuffle is not None:
+            order = np.random.default_rng((*self.shuffle, self.passes)).permutation(order)
+        self.passes += 1
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            images = torch.from_numpy(self.part.images[chosen]).to(torch.float32)
+            yield images.mul_(1 / (255 * STD)).sub_(MEAN / STD), torch.from_numpy(self.part.labels[chosen])
+
+
+class SiteDataModule(LightningDataModule):
+    """The images of one site, or of all sites together.
+
+    Args:
+        site: the site's name; None for all sites' images pooled.
+        classes: the federation's classes in order; a label is a place in this list.
+        options: see the top of this file.
+    """
+
+    def __init__(self, site: str | None, classes: list[str], options):
+        super().__init__()
+        self.site, self.classes, self.options = site, classes, options
+        self.round = 0
+        self.parts: dict[str, Part] = {}
+
+    def prepare_data(self) -> None:
+        """Fetch and convert what is missing; in a simulation all of it is there already."""
+        for site in [self.site] if self.site else site_names(self.options.n_clients):
+            _store(site, self.options)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open this site's images. The split is the same in every stage and round."""
+        if not self.parts:
+            if self.site:
+                self.parts = _site_parts(self.site, self.classes, self.options)
+            else:
+                every = [_site_parts(s, self.classes, self.options) for s in site_names(self.options.n_clients)]
+                self.parts = {name: _pool([parts[name] for parts in every]) for name in every[0]}
+
+    @property
+    def n_train(self) -> int:
+        return len(self.parts["train"].indices)
+
+    @property
+    def n_val(self) -> int:
+        return len(self.parts["val"].indices)
+
+    @property
+    def n_test(self) -> int:
+        return len(self.parts["test"].indices)
+
+    def train_dataloader(self) -> Batches:
+        key = (self.options.seed, zlib.crc32((self.site or "").encode()), self.round)
+        return Batches(self.parts["train"], self.options.batch_size, shuffle=key)
+
+    def val_dataloader(self) -> Batches:
+        return Batches(self.parts["val"], EVALUATION_BATCH)
+
+    def test_dataloader(self) -> Batches:
+        return Batches(self.parts["test"], EVALUATION_BATCH)
+
+    def predict_dataloader(self) -> Batches:
+        return Batches(self.parts["test"], EVALUATION_BATCH)
+
+
+def prepare(options) -> None:
+    """Fetch and convert the images of every site that this machine stands for.
+
+    Raises:
+        DataError: they cannot be had.
+    """
+    for site in site_names(options.n_clients):
+        _store(site, options)
+
+
+def describe(options) -> Holdings:
+    """Deal the images to the sites, as each site will do for itself.
+
+    Raises:
+        DataError: they cannot be dealt like this, or `prepare` was not called and cannot do its work.
+    """
+    names = site_names(options.n_clients)
+    lists = [_split(_store(site, options), "train").classes for site in names]
+    # Each site's folders are sorted by name, so a union sorted by name keeps every site's own order.
+    classes = lists[0] if all(own == lists[0] for own in lists) else sorted(set().union(*lists))
+    sites, counts = {}, {}
+    for site in names:
+        parts = _site_parts(site, classes, options)
+        sites[site] = {name: part.indices.tolist() for name, part in parts.items()}
+        labels = np.concatenate([parts[name].labels[parts[name].indices] for name in ("train", "val")])
+        counts[site] = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist()))
+    return Holdings(classes, sites, counts)
+
+
+def pooled(classes: list[str], options) -> SiteDataModule:
+    """All sites' training images as one training set, their validation images as one validation set, and so on."""
+    return SiteDataModule(None, classes, options)
+
+
+def _store(site: str, options) -> Path:
+    root = os.environ.get(ROOT_VARIABLE, "").replace("{site}", site)
+    return _prepared(options.dataset, root, options.image_size)
+
+
+@lru_cache(maxsize=None)
+def _prepared(dataset: str, root: str, image_size: int) -> Path:
+    return prepare_store(dataset, Path(root) if root else None, image_size)
+
+
+@lru_cache(maxsize=None)
+def _split(store: Path, split: str) -> Split:
+    return open_split(store, split)
+
+
+def _site_parts(site: str, classes: list[str], options) -> dict[str, Part]:
+    store = _store(site, options)
+    train, test = _split(store, "train"), _split(store, "test")
+    if options.partition == "none":
+        dealt, tested = np.arange(len(train.labels)), np.arange(len(test.labels))
+    else:
+        names = site_names(options.n_clients)
+        if site not in names:
+            raise DataError(f"{site} is none of {names[0]} to {names[-1]}: real sites need --partition none")
+        try:
+            all_dealt, all_tested = _deal(
+                store, options.n_clients, options.partition, options.seed, options.alpha, options.shards_per_site
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        dealt, tested = all_dealt[names.index(site)], all_tested[names.index(site)]
+    try:
+        kept, held_out = hold_out(dealt, VALIDATION_SHARE, options.seed)
+    except ValueError as error:
+        raise DataError(f"the training images of {site}: {error}") from None
+    train_labels, test_labels = (_labels_among(classes, split, site) for split in (train, test))
+    return {
+        "train": Part(train.images, train_labels, kept),
+        "val": Part(train.images, train_labels, held_out),
+        "test": Part(test.images, test_labels, tested),
+    }
+
+
+@lru_cache(maxsize=None)
+def _deal(store: Path, n_sites: int, scheme: str, seed: int, alpha: float, shards_per_site: int):
+    """(training images, test images): for each site its indices."""
+    train, test = _split(store, "train"), _split(store, "test")
+    dealt = deal(train.labels, n_sites, scheme, seed, alpha, shards_per_site)
+    counts = np.array([np.bincount(train.labels[own], minlength=len(train.classes)) for own in dealt])
+    return dealt, deal_like(test.labels, counts, seed)
+
+
+def _labels_among(classes: list[str], split: Split, site: str) -> np.ndarray:
+    """A site's labels as places in the federation's list of classes: its own list may lack some of them."""
+    unknown = [name for name in split.classes if name not in classes]
+    if unknown:
+        raise DataError(f"{site} has a class {unknown[0]!r} that the federation does not know: {', '.join(classes)}")
+    return np.array([classes.index(name) for name in split.classes])[split.labels]
+
+
+def _pool(parts: list[Part]) -> Part:
+    if all(part.images is parts[0].images for part in parts):
+        return Part(parts[0].images, parts[0].labels, np.unique(np.concatenate([part.indices for part in parts])))
+    images = np.concatenate([part.images[part.indices] for part in parts])
+    labels = np.concatenate([part.labels[part.indices] for part in parts])
+    return Part(images, labels, np.arange(len(labels)))

