@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +164,7 @@ def describe(options) -> Holdings:
         parts = _site_parts(site, classes, options)
         sites[site] = {name: part.indices.tolist() for name, part in parts.items()}
         labels = np.concatenate([parts[name].labels[parts[name].indices] for name in ("train", "val")])
-        counts[site] = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist()))
+        counts[site] = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
     return Holdings(classes, sites, counts)
 
 
@@ -178,12 +178,12 @@ def _store(site: str, options) -> Path:
     return _prepared(options.dataset, root, options.image_size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _prepared(dataset: str, root: str, image_size: int) -> Path:
     return prepare_store(dataset, Path(root) if root else None, image_size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _split(store: Path, split: str) -> Split:
     return open_split(store, split)
 
@@ -216,7 +216,7 @@ def _site_parts(site: str, classes: list[str], options) -> dict[str, Part]:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _deal(store: Path, n_sites: int, scheme: str, seed: int, alpha: float, shards_per_site: int):
     """(training images, test images): for each site its indices."""
     train, test = _split(store, "train"), _split(store, "test")

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="job.py",
-        description=f"{settings.PROJECT_NAME}: train one image classifier across sites that never share their images.",
+        description="Train one image classifier across sites that never share their images.",
         epilog="Defaults, in brackets, are in settings.py.",
     )
     add = parser.add_argument

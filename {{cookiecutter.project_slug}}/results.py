@@ -1,41 +1,71 @@
 """Show a run: `python results.py [RUN]`, the newest by default. Also what job.py prints on the way."""
 
+import argparse
+import json
 import sys
+from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+RUNS = Path(__file__).resolve().parent / "runs"
 CONFIGURATION = ("partition", "n_clients", "num_rounds", "batch_size", "local_epochs", "learning_rate", "seed")
-MAX_ROWS = 20  # of a table on the screen; partition.json and results.json have all
+MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json have all
 
 
 def show_holdings(counts: dict[str, dict[str, int]]) -> None:
-    """Print who holds what: a row a site, a column a class."""
+    """Print who holds what: a row a site, a column a class; `counts` is that of partition.json."""
     classes = list(next(iter(counts.values())))
-    table = Table(title="Who holds what (images to learn from)")
-    table.add_column("site")
-    for name in classes[:MAX_ROWS]:
-        table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True)
-    table.add_column("all", justify="right")
+    table = _table("Who holds what (images to learn from)")
+    _column(table, "site", left=True)
+    for name in classes[:MAX_COLUMNS]:
+        _column(table, name[:6])
+    _column(table, "all")
     for site, held in list(counts.items())[:MAX_ROWS]:
-        table.add_row(site, *(str(held[name]) for name in classes[:MAX_ROWS]), str(sum(held.values())))
-    Console().print(table)
+        table.add_row(site, *(str(held[name]) for name in classes[:MAX_COLUMNS]), str(sum(held.values())))
+    _print(table, len(counts), len(classes), "partition.json")
 
 
 def show(result: dict) -> None:
-    """Print a run's results.json as a table: the global model after each round, and its final test."""
-    sites = list(result["test"]["sites"])[:MAX_ROWS]
-    table = Table(title=f"Accuracy of the global model, {result['dataset']}, {result['n_clients']} sites")
-    for name in ("", "all sites", *sites):
-        table.add_column(name, justify="right" if name else "left")
-    for entry in result["rounds"]:
-        name = f"after {entry['round']} round{'s' * (entry['round'] != 1)}" if entry["round"] else "untrained"
-        table.add_row(name, _share(entry["accuracy"]), *(_share(entry["sites"][site]) for site in sites))
+    """Print a run's results.json: the global model after each round, and the test of the final one."""
+    sites = list(result["test"]["sites"])
+    table = _table(f"Accuracy of the global model ({result['dataset']}, {result['partition']})")
+    _column(table, "", left=True)
+    _column(table, "all sites")
+    for site in sites[:MAX_COLUMNS]:
+        _column(table, site)
+    rounds = result["rounds"]
+    for entry in rounds if len(rounds) <= MAX_ROWS else [rounds[0], *rounds[1 - MAX_ROWS :]]:
+        row = (entry["sites"][site] for site in sites[:MAX_COLUMNS])
+        table.add_row(_after(entry["round"]), _share(entry["accuracy"]), *map(_share, row))
     table.add_section()
     test = result["test"]
-    table.add_row("test", _share(test["accuracy"]), *(_share(test["sites"][site]["accuracy"]) for site in sites))
-    Console().print(table)
-    print(f"Test accuracy of the final global model {_share(test['accuracy'])}, loss {test['loss']:.3f}, {result['wall_s']:.0f} s")
+    row = (test["sites"][site]["accuracy"] for site in sites[:MAX_COLUMNS])
+    table.add_row("final test", _share(test["accuracy"]), *map(_share, row))
+    _print(table, len(rounds), len(sites), "results.json")
+    worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
+    print(f"\nFinal test accuracy {_share(test['accuracy'])}, loss {test['loss']:.3f}{worst}")
+    print(f"{result['wall_s']:.0f} s in all")
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+
+
+def _column(table: Table, name: str, left: bool = False) -> None:
+    """A column that is never cut, however narrow the screen."""
+    table.add_column(name, justify="left" if left else "right", no_wrap=True, min_width=max(len(name), 5))
+
+
+def _print(table: Table, n_rows: int, n_columns: int, file: str) -> None:
+    Console().print(table, crop=False)
+    if n_rows > MAX_ROWS or n_columns > MAX_COLUMNS:
+        print(f"(not all fits here: {file} has the rest)")
+
+
+def _after(rounds: int) -> str:
+    return f"after round {rounds}" if rounds else "untrained"
 
 
 def _share(value: float | None) -> str:
@@ -43,18 +73,35 @@ def _share(value: float | None) -> str:
 
 
 class Progress:
-    """Follows a run: NVFlare's log with `verbose`, else a line a round."""
+    """Follows a run: NVFlare's log if `verbose`, else a line a round."""
 
     def __init__(self, num_rounds: int, verbose: bool):
         self.num_rounds, self.verbose, self.shown = num_rounds, verbose, 0
 
     def __call__(self, log: str, rounds: list[dict]) -> None:
         if self.verbose:
-            sys.stdout.write(log)
-            sys.stdout.flush()
+            print(log, end="", flush=True)
             return
         for record in rounds[self.shown :]:
-            metrics = {metric["name"]: metric["value"] for metric in record["aggregated_metrics"]}
-            before = f"global model before it: validation accuracy {_share(metrics.get('val_acc'))}"
-            print(f"round {record['round'] + 1} of {self.num_rounds} done; {before}", flush=True)
+            accuracy = {m["name"]: m["value"] for m in record["aggregated_metrics"]}.get("val_acc")
+            done = record["round"]  # counted from 0; its metrics are those of the model that it started from
+            print(f"round {done + 1} of {self.num_rounds} done; {_after(done)}: validation accuracy {_share(accuracy)}")
+            sys.stdout.flush()
         self.shown = len(rounds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Show a run's result.")
+    parser.add_argument("run", nargs="?", default="latest", help="name of a folder under runs/ [the newest]")
+    run = RUNS / parser.parse_args().run
+    try:
+        show_holdings(json.loads((run / "partition.json").read_text(encoding="utf-8"))["counts"])
+        show(json.loads((run / "results.json").read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        print(f"results.py: {error.filename} is not there: finish a run with python job.py", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,9 +3,9 @@
 Only what is run on this machine reads this file; it is never sent to a site.
 """
 
-PROJECT_NAME = {{ cookiecutter.project_name | pprint }}
+PROJECT_NAME = "{{ cookiecutter.project_name | replace('\\', '\\\\') | replace('"', '\\x22') }}"  # noqa: E501
 
-DATASET = {{ cookiecutter.dataset | pprint }}  # cifar10, fashion_mnist, bloodmnist, digits or image_folder
+DATASET = "{{ cookiecutter.dataset }}"  # cifar10, fashion_mnist, bloodmnist, digits or image_folder
 IMAGE_SIZE = 32  # pixels; every image is brought to this width and height
 N_CLIENTS = {{ cookiecutter.num_clients | int }}  # sites
 PARTITION = "iid"  # how a simulation deals images to sites: iid, dirichlet, shards or none

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -71,6 +71,7 @@ def _read_fashion_mnist(folder: Path) -> Raw:
 
     with tempfile.TemporaryDirectory(dir=cache_folder()) as unpacked:
         raw = Path(unpacked, "FashionMNIST", "raw")
+        raw.mkdir(parents=True)
         for name, _ in SOURCES["fashion_mnist"].files:
             extract_archive(str(folder / name), str(raw))
         train, test = (FashionMNIST(unpacked, train=is_train) for is_train in (True, False))
@@ -221,8 +222,9 @@ def _write_classes(store: Path, classes: list[str]) -> None:
 
 
 def _convert_public(dataset: str, root: Path, image_size: int, store: Path) -> None:
+    deadline = _deadline()
     for name, md5 in SOURCES[dataset].files:
-        _fetch(dataset, name, md5, root)
+        _fetch(dataset, name, md5, root, deadline)
     raw = SOURCES[dataset].read(root)
     for split, (images, labels) in (("train", raw.train), ("test", raw.test)):
         _write(store, split, _square(images, image_size), labels)
@@ -241,7 +243,15 @@ def _square(images: np.ndarray, image_size: int) -> np.ndarray:
     return tensor.numpy()
 
 
-def _fetch(dataset: str, name: str, md5: str, root: Path) -> None:
+def _deadline() -> float:
+    limit = os.environ.get(LIMIT_VARIABLE) or LIMIT_S
+    try:
+        return time.monotonic() + float(limit)
+    except ValueError:
+        raise DataError(f"{LIMIT_VARIABLE} is a number of seconds, not {limit!r}") from None
+
+
+def _fetch(dataset: str, name: str, md5: str, root: Path, deadline: float) -> None:
     """Make sure that the file lies under `root` with the right checksum: use it, or try mirror after mirror."""
     import pooch
     import requests
@@ -255,10 +265,10 @@ def _fetch(dataset: str, name: str, md5: str, root: Path) -> None:
         raise DataError(f"the data root {root} cannot be used: {error.strerror}; choose another --data_root") from None
 
     failures = [f"{path}: wrong checksum"] if path.exists() else []
-    deadline = time.monotonic() + float(os.environ.get(LIMIT_VARIABLE, LIMIT_S))
+    pooch.get_logger().setLevel("WARNING")  # it would repeat what is printed here, with the address's password
     private = os.environ.get(MIRROR_VARIABLE)
     for mirror in (*([private.rstrip("/") + "/"] if private else []), *SOURCES[dataset].mirrors):
-        host = urlsplit(mirror).netloc or mirror
+        host = urlsplit(mirror).netloc.rpartition("@")[2] or mirror  # a password is not for the screen
         if time.monotonic() > deadline:
             failures.append(f"{host}: not tried, the time is up")
             continue
@@ -271,7 +281,8 @@ def _fetch(dataset: str, name: str, md5: str, root: Path) -> None:
             if isinstance(error, requests.RequestException):
                 failures.append(f"{host}: {_reason(error)}")
             else:
-                raise DataError(f"cannot write {path}: {error.strerror}; choose another --data_root") from None
+                reason = error.strerror or error  # pooch's own PermissionError has only a text
+                raise DataError(f"cannot write {path}: {reason}; choose another --data_root") from None
         except _TooSlow as error:
             failures.append(f"{host}: {error}")
         except ValueError as error:  # pooch's word for a wrong checksum; also for an address of an unknown kind
@@ -356,20 +367,27 @@ class _Progress:
 
 def _fingerprint(root: Path, image_size: int) -> str:
     """A name for a folder's present state: changes when a file is added, removed, renamed or written."""
-    digest = hashlib.sha256(f"{root.resolve()} {image_size}".encode())
+    digest = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size}\n"))
     try:
         if not (root / "train").is_dir():
             os.listdir(root)  # tells a missing or locked folder from an empty one
             raise DataError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
         for split in ("train", "test"):
-            for folder, subfolders, files in os.walk(root / split, onerror=_raise):
-                subfolders.sort()
-                for name in sorted(files):
+            for folder, files in _walk(root / split):
+                digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\n"))
+                for name in files:
                     status = os.stat(os.path.join(folder, name))
-                    digest.update(f"{os.path.relpath(folder, root)}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+                    digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
     except OSError as error:
         raise DataError(f"the data root {error.filename or root} cannot be read: {error.strerror}") from None
     return digest.hexdigest()[:16]
+
+
+def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with the names of its files, in the order of names; without hidden ones (.ipynb_checkpoints)."""
+    for folder, subfolders, files in os.walk(top, onerror=_raise, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield folder, sorted(name for name in files if not name.startswith("."))
 
 
 def _raise(error: OSError) -> None:
@@ -379,17 +397,23 @@ def _raise(error: OSError) -> None:
 
 def _convert_folder(root: Path, image_size: int, store: Path) -> None:
     splits = [split for split in ("train", "test") if (root / split).is_dir()]
-    folders = {split: sorted(p.name for p in (root / split).iterdir() if p.is_dir() and p.name[0] != ".") for split in splits}
+    folders = {
+        split: sorted(p.name for p in (root / split).iterdir() if p.is_dir() and p.name[0] != ".") for split in splits
+    }
+    for split in splits:
+        if not folders[split]:
+            raise DataError(f"{root / split} is empty: expected {root / split}/<class>/<image>")
     classes = sorted(set().union(*folders.values()))
-    if not classes:
-        raise DataError(f"{root / 'train'} is empty: expected {root}/train/<class>/<image>")
     files: dict[str, list[tuple[Path, int]]] = {}
     for split in splits:
         files[split] = []
         for name in folders[split]:
-            found = sorted(p for p in (root / split / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            paths = (Path(folder, file) for folder, files_in in _walk(root / split / name) for file in files_in)
+            found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
-                raise DataError(f"{root / split / name} holds no image: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
+                raise DataError(
+                    f"{root / split / name} holds no image: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it"
+                )
             files[split] += [(path, classes.index(name)) for path in found]
     if "test" not in splits:
         order = np.random.RandomState(0).permutation(len(files["train"]))

@@ -1,5 +1,6 @@
-"""Where a federation runs: NVFlare's simulator, on this machine. Start it, follow it, stop it, bring the results home."""
+"""Where a federation runs: NVFlare's simulator, on this machine. Start it, follow it, stop it, bring home."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
+PROJECT = Path(__file__).resolve().parent.parent
 CLIENT_MEMORY = 1.2e9  # bytes that one client process takes, with a CUDA build of PyTorch; measured, rounded up
 POLL_S = 0.2
 SERVER = Path("server", "simulate_job")  # within the workspace
@@ -63,10 +65,9 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
         with log.open(encoding="utf-8", errors="replace") as lines:
             while True:
                 running = simulator.is_alive()
-                new_text = lines.read()
-                follow(new_text, read_rounds(workspace))
-                if died := re.search(r"Subprocess died for client (\S+?),? .*exit code: (-?\d+)", new_text):
-                    raise RunFailed(f"{died[1]} died with exit code {died[2]}")
+                follow(lines.read(), read_rounds(workspace))
+                if died := _dead_client(workspace):
+                    raise RunFailed(_root_cause(workspace) or f"{died} died: its process is gone")
                 if not running:
                     break
                 simulator.join(POLL_S)
@@ -85,6 +86,9 @@ def _run_simulator(job: str, workspace: str, log: str, n_clients: int, threads: 
         os.dup2(stream.fileno(), 2)
     if sys.platform == "linux":
         multiprocessing.set_start_method("fork", force=True)
+    # NVFlare hands sys.path on to the clients: without the project's folder they see the job's files alone, as real
+    # sites do.
+    sys.path.remove(str(PROJECT))
     simulator = SimulatorRunner(
         job_folder=job,
         workspace=workspace,
@@ -101,24 +105,33 @@ def _end_family() -> None:
     """End every process that descends from this one."""
     family = psutil.Process().children(recursive=True)
     for process in family:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-        except psutil.NoSuchProcess:
-            pass
     for process in psutil.wait_procs(family, timeout=3)[1]:
         process.kill()
     psutil.wait_procs(family, timeout=3)
 
 
+def _dead_client(workspace: Path) -> str | None:
+    """A client whose process has vanished: NVFlare's server notes it and waits for ever."""
+    log = workspace / "server" / "error_log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    found = re.search(r"(?:Subprocess died for|Communication error with) client ([^\s:,]+)", text)
+    return found[1] if found else None
+
+
 def _root_cause(workspace: Path) -> str:
-    """The error that came first at any site: its last line, then its traceback. Empty where there is none."""
+    """The error that came first at any site: its last line, then where in the project's files. Empty if none."""
     errors = []
     for log in workspace.glob("*/log.txt"):
         text = log.read_text(encoding="utf-8", errors="replace")
-        for found in re.finditer(r"^(\d{4}-\S+ \S+) .*(Traceback .*:\n(?:[ \t].*\n|\n)+(\S.*)\n)", text, re.MULTILINE):
-            time, traceback, last_line = found.groups()
-            errors.append((log.parent.name == "server", time, f"{log.parent.name} failed: {last_line}\n{traceback}"))
-    return min(errors)[2].rstrip() if errors else ""  # the server only fails after its sites
+        for time, traceback, error in re.findall(
+            r"^(\d{4}-\S+ \S+) .*Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", text, re.MULTILINE
+        ):
+            frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
+            where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)
+            errors.append((log.parent.name == "server", time, f"{log.parent.name} failed: {error}{where}"))
+    return min(errors)[2] if errors else ""  # the server only fails after its sites
 
 
 def read_rounds(workspace: Path) -> list[dict]:
@@ -174,9 +187,7 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     tested = {site: test for site, test in tests.items() if test["images"]}
     test_images = {site: test["images"] for site, test in tested.items()}
     return {
-        "rounds": [
-            {"round": k, "accuracy": _mean(sites, val_images), "sites": sites} for k, sites in enumerate(curve)
-        ],
+        "rounds": [{"round": k, "accuracy": _mean(sites, val_images), "sites": sites} for k, sites in enumerate(curve)],
         "test": {
             "accuracy": _mean({site: test["accuracy"] for site, test in tested.items()}, test_images),
             "loss": _mean({site: test["loss"] for site, test in tested.items()}, test_images),

@@ -125,7 +125,7 @@ def deal_like(labels: np.ndarray, counts: np.ndarray, seed: int) -> list[np.ndar
         held = counts[:, label]
         share = held / held.sum() if held.sum() else np.full(len(counts), 1 / len(counts))
         cuts = np.round(np.cumsum(share) * len(members)).astype(int)[:-1]
-        for part, dealt in zip(parts, np.split(members, cuts)):
+        for part, dealt in zip(parts, np.split(members, cuts), strict=True):
             part.append(dealt)
     return [np.sort(np.concatenate(part)) if part else np.array([], dtype=int) for part in parts]
 

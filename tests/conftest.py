@@ -1,0 +1,126 @@
+"""What all tests of the template share: its questions, and rendering it in-process, offline, into temporary folders."""
+
+import ast
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TEMPLATE = Path(__file__).resolve().parent.parent
+PROJECT = TEMPLATE / "{{cookiecutter.project_slug}}"
+ANSWERS = json.loads((TEMPLATE / "cookiecutter.json").read_text(encoding="utf-8"))
+QUESTIONS = {name: default for name, default in ANSWERS.items() if not name.startswith("_")}
+
+# The same examples on every machine and day; how long one takes depends on the machine and is no fault.
+settings.register_profile("template", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("template")
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, without what running them there leaves behind."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    left_behind = {"__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", ".venv", "runs"}
+    return [path.as_posix() for path in paths if not left_behind & set(path.parts)]
+
+
+def is_rendered(name: str) -> bool:
+    """Tell whether a file of the project may depend on the answers. All others are plain: the same in every project."""
+    return name in ("settings.py", "README.md", "pyproject.toml") or name.startswith("deploy/")
+
+
+def as_typed(name: str) -> str:
+    """Return the override that arrives as `name` would if typed at the prompt.
+
+    Cookiecutter renders overrides as templates but what is typed not, so the name is wrapped into a string of Jinja's.
+    """
+    return "{{ " + ascii(name) + " }}"
+
+
+class BakedProject:
+    """A rendered project."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def files(self) -> list[str]:
+        return files_of(self.path)
+
+    def read(self, name: str) -> str:
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def settings(self) -> dict:
+        """Return the names that settings.py defines, after checking that it does nothing but define constants."""
+        docstring, *statements = ast.parse(self.read("settings.py")).body
+        assert isinstance(ast.literal_eval(docstring.value), str)
+        return {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
+
+    def parse(self, name: str) -> None:
+        """Raise if a file is not valid in its own language; also if nobody has said which language that is."""
+        text, suffix = self.read(name), Path(name).suffix
+        if suffix == ".py":
+            compile(text, name, "exec", dont_inherit=True)
+        elif suffix == ".toml":
+            tomllib.loads(text)
+        elif suffix in (".yml", ".yaml"):
+            list(yaml.safe_load_all(text))
+        elif suffix == ".json":
+            json.loads(text)
+        elif suffix == ".sh":
+            subprocess.run(["bash", "-n", str(self.path / name)], check=True)
+        else:
+            assert suffix in (".md", ".txt") or Path(name).name in (".gitignore", "Dockerfile"), f"what is {name}?"
+
+    def ruff(self, *command: str) -> str:
+        """Return ruff's complaints about the project, under the project's own configuration."""
+        result = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--no-cache"], cwd=self.path, capture_output=True, encoding="utf-8"
+        )
+        return "" if result.returncode == 0 else result.stdout + result.stderr
+
+
+def checked(answers: dict) -> dict:
+    """Return answers for cookiecutter, which would ignore one to a question that does not exist."""
+    assert answers.keys() <= QUESTIONS.keys(), f"no such question: {answers.keys() - QUESTIONS.keys()}"
+    return {"setup": "skip", **answers}
+
+
+@pytest.fixture(scope="session")
+def template_without_hooks(tmp_path_factory) -> Path:
+    """The template as `--accept-hooks no` uses it: quick, and safe with `setup=full`."""
+    copy = tmp_path_factory.mktemp("template")
+    shutil.copy(TEMPLATE / "cookiecutter.json", copy)
+    for name in files_of(PROJECT):
+        (copy / PROJECT.name / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, copy / PROJECT.name / name)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def bake(cookies_session, template_without_hooks):
+    """Render a project: `bake(dataset="digits")`. Without its hooks unless `hooks=True`."""
+
+    def bake(hooks: bool = False, **answers) -> BakedProject:
+        template = TEMPLATE if hooks else template_without_hooks
+        result = cookies_session.bake(extra_context=checked(answers), template=str(template))
+        if result.exception:
+            raise result.exception
+        return BakedProject(result.project_path)
+
+    return bake
+
+
+@pytest.fixture(scope="session")
+def faults():
+    """The rules of hooks/pre_gen_project.py: a function that returns what is wrong with some answers."""
+    return runpy.run_path(str(TEMPLATE / "hooks" / "pre_gen_project.py"))["faults"]

@@ -1,0 +1,62 @@
+"""What all tests share: no network, no surroundings of the user's, a cache folder of their own."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+SURROUNDINGS = ("FL_DATA_ROOT", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+OPTIONS = {
+    "dataset": "digits",
+    "image_size": 32,
+    "partition": "iid",
+    "alpha": 0.5,
+    "shards_per_site": 2,
+    "n_clients": 2,
+    "seed": 0,
+    "batch_size": 16,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory):
+    """A cache folder for all tests together, so that digits are converted once."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_surroundings(monkeypatch):
+    """What the user has set for real runs does not reach a test, nor does what one test opened reach the next."""
+    for name in (*SURROUNDINGS, *PROXIES, *map(str.upper, PROXIES)):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if "data" in sys.modules:  # it keeps open what it has opened
+        for value in vars(sys.modules["data"]).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder for this test alone, and the folder in it that will hold the data."""
+    from federation.catalog import cache_folder
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    return cache_folder()
+
+
+@pytest.fixture
+def options():
+    """Makes a command line's options: small defaults, and what a test changes."""
+
+    def make(**changes) -> argparse.Namespace:
+        return argparse.Namespace(**{**OPTIONS, **changes})
+
+    return make

@@ -1,0 +1,312 @@
+"""One site's data: its batches, its order, and that nothing it is judged by is ever trained on.
+
+Most tests read images that carry their own number, so that what a loader yields tells which images they are.
+"""
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+from federation.catalog import DataError
+from federation.partition import SCHEMES, site_names
+
+CLASSES = ["ant", "bee", "cat", "dog"]
+N_TRAIN, N_TEST = 200, 40
+N_SITES = 3
+DISJOINT = [scheme for scheme in SCHEMES if scheme != "none"]
+
+
+@pytest.fixture(scope="session")
+def numbered_images(tmp_path_factory):
+    """A folder of images; the red of each is its place in its split, its green its class, its blue its split."""
+    root = tmp_path_factory.mktemp("numbered")
+    for blue, (split, n_images) in enumerate((("train", N_TRAIN), ("test", N_TEST))):
+        for number in range(n_images):
+            label = number * len(CLASSES) // n_images
+            folder = root / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2), (number, label, blue)).save(folder / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture
+def run(numbered_images, monkeypatch, options):
+    """run(**changes): the options of a run over the numbered images."""
+    monkeypatch.setenv("FL_DATA_ROOT", str(numbered_images))
+
+    def make(**changes):
+        return options(**{"dataset": "image_folder", "image_size": 2, "n_clients": N_SITES, **changes})
+
+    return make
+
+
+def opened(site: str | None, run, classes: list[str] = CLASSES) -> data.SiteDataModule:
+    module = data.SiteDataModule(site, classes, run)
+    module.setup()
+    return module
+
+
+def modules(run) -> list[data.SiteDataModule]:
+    return [opened(site, run) for site in site_names(run.n_clients)]
+
+
+def colours(images: torch.Tensor) -> torch.Tensor:
+    """The red, green and blue of each image, int64 (B, 3): its number, its class, and 1 if it is a test image."""
+    return ((images[:, :, 0, 0] + 1) * 127.5).round().to(torch.int64)
+
+
+def numbers(loader) -> list[int]:
+    """Which images one pass over the loader yields, in its order."""
+    return [number for images, _ in loader for number in colours(images)[:, 0].tolist()]
+
+
+def labels_of(*loaders) -> torch.Tensor:
+    return torch.cat([labels for loader in loaders for _, labels in loader])
+
+
+# ---- batches
+
+
+def test_batches_are_float_images_and_integer_labels(options):
+    images, labels = next(iter(opened("site-1", options(), [str(i) for i in range(10)]).train_dataloader()))
+    assert (images.shape, images.dtype) == ((16, 3, 32, 32), torch.float32)
+    assert (labels.shape, labels.dtype) == ((16,), torch.int64)
+
+
+def test_pixels_go_from_minus_one_to_one(options):
+    module = opened("site-1", options(), [str(i) for i in range(10)])
+    every = torch.cat([images for images, _ in module.val_dataloader()])
+    assert every.min().item() == pytest.approx(-1)
+    assert every.max().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test", "predict"])
+def test_every_image_comes_with_its_own_label(name, run):
+    for images, labels in getattr(opened("site-1", run()), f"{name}_dataloader")():
+        assert torch.equal(colours(images)[:, 1], labels)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 160, 1000])
+def test_the_last_batch_has_what_is_left(batch_size, run):
+    module = opened("site-1", run(batch_size=batch_size, partition="none"))
+    sizes = [len(labels) for _, labels in module.train_dataloader()]
+    assert len(module.train_dataloader()) == len(sizes) == math.ceil(160 / batch_size)
+    assert sum(sizes) == module.n_train == 160
+    assert set(sizes[:-1]) <= {batch_size}
+    assert 1 <= sizes[-1] <= batch_size
+
+
+def test_a_batch_may_be_changed_without_harm(run):
+    loader = opened("site-1", run()).val_dataloader()
+    before = numbers(loader)
+    for images, labels in loader:
+        images.zero_()
+        labels.zero_()
+    assert numbers(loader) == before
+
+
+# ---- the order of training images
+
+
+def training_orders(run, site: str = "site-1", round_: int = 0, passes: int = 1) -> list[list[int]]:
+    """The order of each pass over the training images in one round, from a module made for it."""
+    module = opened(site, run)
+    module.round = round_
+    loader = module.train_dataloader()
+    return [numbers(loader) for _ in range(passes)]
+
+
+def test_every_pass_yields_every_training_image_once(run):
+    module = opened("site-1", run())
+    loader = module.train_dataloader()
+    for _ in range(3):
+        assert sorted(numbers(loader)) == module.parts["train"].indices.tolist()
+
+
+def test_passes_differ_in_their_order(run):
+    first, second = training_orders(run(), passes=2)
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_rounds_differ_in_their_order(run):
+    (first,), (second,) = (training_orders(run(), round_=k) for k in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_sites_that_hold_the_same_images_differ_in_their_order(run):
+    (first,), (second,) = (training_orders(run(partition="none"), site) for site in ("site-1", "site-2"))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_another_seed_is_another_order(run):
+    first, second = (opened("site-1", run(seed=seed)) for seed in (0, 1))
+    second.parts = first.parts
+    assert numbers(first.train_dataloader()) != numbers(second.train_dataloader())
+
+
+def test_seed_site_round_and_pass_tell_the_order_whoever_asks(run):
+    assert training_orders(run(seed=5), "site-2", round_=3, passes=2) == training_orders(
+        run(seed=5), "site-2", round_=3, passes=2
+    )
+
+
+@pytest.mark.parametrize("name", ["val", "test", "predict"])
+def test_images_for_evaluation_keep_their_order(name, run):
+    module = opened("site-1", run())
+    loader = getattr(module, f"{name}_dataloader")()
+    first = numbers(loader)
+    module.round = 1
+    assert first == numbers(loader) == numbers(getattr(module, f"{name}_dataloader")())
+
+
+# ---- nothing that a model is judged by is trained on
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_site_trains_on_an_image_that_any_site_validates_on(scheme, run):
+    trained, validated = set(), set()
+    for module in modules(run(partition=scheme)):
+        for module.round in range(2):
+            trained |= set(numbers(module.train_dataloader()))
+        validated |= set(numbers(module.val_dataloader()))
+    assert trained & validated == set()
+    assert trained | validated == set(range(N_TRAIN))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_site_trains_or_validates_on_a_test_image(scheme, run):
+    for module in modules(run(partition=scheme)):
+        for images, _ in (*module.train_dataloader(), *module.val_dataloader()):
+            assert not colours(images)[:, 2].any()
+        for images, _ in module.test_dataloader():
+            assert colours(images)[:, 2].all()
+
+
+@pytest.mark.parametrize("scheme", DISJOINT)
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_no_two_sites_share_an_image(scheme, name, run):
+    seen = [set(numbers(getattr(module, f"{name}_dataloader")())) for module in modules(run(partition=scheme))]
+    assert all(one & other == set() for one, other in combinations(seen, 2))
+
+
+@pytest.mark.parametrize("scheme", DISJOINT)
+def test_every_test_image_is_dealt(scheme, run):
+    dealt = [number for module in modules(run(partition=scheme)) for number in numbers(module.test_dataloader())]
+    assert sorted(dealt) == list(range(N_TEST))
+
+
+def test_with_none_every_site_has_all_images_and_validates_on_the_same(run):
+    every = modules(run(partition="none"))
+    assert all(module.n_train + module.n_val == N_TRAIN and module.n_test == N_TEST for module in every)
+    assert len({tuple(numbers(module.val_dataloader())) for module in every}) == 1
+
+
+def test_a_fifth_of_a_sites_images_is_for_validation(run):
+    module = opened("site-1", run(partition="none"))
+    assert (module.n_train, module.n_val) == (160, 40)
+
+
+@pytest.mark.parametrize("stage", [None, "fit", "validate", "test", "predict"])
+def test_every_stage_has_the_same_split(stage, run):
+    module = data.SiteDataModule("site-1", CLASSES, run())
+    module.setup(stage)
+    held = data.describe(run()).sites["site-1"]
+    assert {name: part.indices.tolist() for name, part in module.parts.items()} == held
+
+
+def test_setting_up_again_changes_nothing(run):
+    module = opened("site-1", run())
+    before = dict(module.parts)
+    for stage in ("fit", "test", None):
+        module.setup(stage)
+    assert all(module.parts[name] is part for name, part in before.items())
+
+
+def test_a_site_tests_on_the_mixture_of_classes_that_it_trains_on(run):
+    for module in modules(run(partition="shards")):
+        trained = labels_of(module.train_dataloader(), module.val_dataloader())
+        tested = labels_of(module.test_dataloader())
+        expected = torch.bincount(trained, minlength=4) * N_TEST / N_TRAIN
+        assert (torch.bincount(tested, minlength=4) - expected).abs().max() <= 1
+
+
+# ---- who holds what
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_description_lists_what_each_site_reads(scheme, run):
+    held = data.describe(run(partition=scheme))
+    for module in modules(run(partition=scheme)):
+        assert held.sites[module.site] == {name: part.indices.tolist() for name, part in module.parts.items()}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_counts_are_those_of_the_batches(scheme, run):
+    held = data.describe(run(partition=scheme))
+    for module in modules(run(partition=scheme)):
+        labels = labels_of(module.train_dataloader(), module.val_dataloader())
+        assert list(held.counts[module.site].values()) == torch.bincount(labels, minlength=4).tolist()
+
+
+def test_the_description_knows_the_classes_and_sites(run):
+    held = data.describe(run())
+    assert held.classes == CLASSES
+    assert list(held.sites) == list(held.counts) == site_names(N_SITES)
+    assert sum(sum(counts.values()) for counts in held.counts.values()) == N_TRAIN
+
+
+def test_the_description_is_plain_numbers_for_a_json_file(run):
+    held = data.describe(run())
+    assert {type(i) for lists in held.sites.values() for indices in lists.values() for i in indices} == {int}
+    assert {type(n) for counts in held.counts.values() for n in counts.values()} == {int}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_pooled_data_is_what_the_sites_hold_together(scheme, name, run):
+    pooled = data.pooled(CLASSES, run(partition=scheme))
+    pooled.setup()
+    loader = f"{name}_dataloader"
+    together = set().union(*(numbers(getattr(module, loader)()) for module in modules(run(partition=scheme))))
+    assert sorted(numbers(getattr(pooled, loader)())) == sorted(together)
+
+
+# ---- what cannot be is said in one line
+
+
+def failure(site: str, run) -> str:
+    with pytest.raises(DataError) as error:
+        opened(site, run)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("site", ["site-4", "hospital", "site-0"])
+@pytest.mark.parametrize("scheme", DISJOINT)
+def test_a_site_that_nothing_is_dealt_to_is_named(site, scheme, run):
+    message = failure(site, run(partition=scheme))
+    assert site in message and "--partition none" in message
+
+
+def test_with_none_a_site_may_have_any_name(run):
+    assert opened("hospital of the north", run(partition="none")).n_test == N_TEST
+
+
+@pytest.mark.parametrize("changes", [{"n_clients": 101}, {"partition": "dirichlet", "n_clients": 21}], ids=str)
+def test_more_sites_than_the_images_allow_are_refused(changes, run):
+    assert "fewer" in failure("site-1", run(**changes))
+
+
+def test_a_site_with_a_single_image_cannot_validate(tmp_path, monkeypatch, run):
+    for split in ("train", "test"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / split / "ant" / "0.png")
+    monkeypatch.setenv("FL_DATA_ROOT", str(tmp_path))
+    assert "site-1" in failure("site-1", run(partition="none"))

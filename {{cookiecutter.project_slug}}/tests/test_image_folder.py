@@ -1,0 +1,414 @@
+"""The user's own images: what may lie in the folder, what is said when it cannot be used, and when it is read again."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from federation import catalog
+from federation.catalog import DataError, open_split, prepare
+
+
+def save(path: Path, colour=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:
+    """An image of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+    return path
+
+
+def save_16_bits(path: Path, value: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((3, 5), value, np.uint16)).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A folder of two classes, with test images."""
+    for split, n_images in (("train", 3), ("test", 2)):
+        for class_name, red in (("cat", 10), ("dog", 20)):
+            for i in range(n_images):
+                save(tmp_path / "images" / split / class_name / f"{i}.png", (red + i, 0, 0))
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def conversions(monkeypatch) -> list[Path]:
+    """The folders that were converted, one entry for each time."""
+    converted, convert = [], catalog._convert_folder
+
+    def count(root, image_size, store):
+        converted.append(root)
+        convert(root, image_size, store)
+
+    monkeypatch.setattr(catalog, "_convert_folder", count)
+    return converted
+
+
+def images_of(root: Path, split: str = "train", image_size: int = 4) -> np.ndarray:
+    return open_split(prepare("image_folder", root, image_size), split).images
+
+
+def reds(root: Path, split: str = "train") -> list[int]:
+    """The red of each image: which images they are."""
+    return images_of(root, split)[:, 0, 0, 0].tolist()
+
+
+def failure(root: Path | None) -> str:
+    """The one line that the user is told."""
+    with pytest.raises(DataError) as error:
+        prepare("image_folder", root, 4)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+
+
+# ---- what becomes of the images
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_are_places_in_the_sorted_list_of_folders(root, split):
+    opened = open_split(prepare("image_folder", root, 4), split)
+    assert opened.classes == ["cat", "dog"]
+    assert [opened.classes[label] for label in opened.labels] == sorted(["cat", "dog"] * (len(opened.labels) // 2))
+    assert opened.labels.dtype == np.int64
+
+
+def test_images_come_in_the_order_of_their_names(root):
+    assert reds(root, "train") == [10, 11, 12, 20, 21, 22]
+    assert reds(root, "test") == [10, 11, 20, 21]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "colour", "expected"),
+    [
+        ("colour.png", "RGB", (200, 100, 50), (200, 100, 50)),
+        ("grey.png", "L", 77, (77, 77, 77)),
+        ("black and white.png", "1", 1, (255, 255, 255)),
+        ("palette.png", "P", 0, (0, 0, 0)),
+        ("see-through.png", "RGBA", (200, 100, 50, 128), (200, 100, 50)),
+        ("see-through grey.png", "LA", (77, 128), (77, 77, 77)),
+        ("print.tif", "CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("bitmap.BMP", "RGB", (1, 2, 3), (1, 2, 3)),
+        ("web.webp", "RGB", (255, 255, 255), (255, 255, 255)),
+        ("photograph.JPG", "RGB", (128, 128, 128), (128, 128, 128)),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(root, name, mode, colour, expected):
+    save(root / "train" / "aardvark" / name, colour, mode=mode)
+    image = images_of(root)[0]
+    assert image.dtype == np.uint8
+    assert image.reshape(3, -1).T.tolist() == [list(expected)] * 16
+
+
+def test_a_palettes_colours_are_looked_up(root):
+    colours = Image.new("RGB", (4, 4), (200, 100, 50)).quantize(4)
+    (root / "train" / "aardvark").mkdir()
+    colours.save(root / "train" / "aardvark" / "palette.png")
+    assert images_of(root)[0, :, 0, 0].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (255, 0), (0x8000, 128), (0xFFFF, 255)])
+def test_sixteen_bits_are_scaled_and_not_clipped(root, suffix, value, expected):
+    save_16_bits(root / "train" / "aardvark" / f"x-ray{suffix}", value)
+    assert images_of(root)[0].tolist() == np.full((3, 4, 4), expected).tolist()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 480), (4, 4)], ids=str)
+@pytest.mark.parametrize("image_size", [4, 32])
+def test_every_size_is_brought_to_the_one_asked_for(root, size, image_size):
+    save(root / "train" / "aardvark" / "0.png", (9, 8, 7), size)
+    image = images_of(root, image_size=image_size)[0]
+    assert image.shape == (3, image_size, image_size)
+    assert image.reshape(3, -1).T.tolist() == [[9, 8, 7]] * image_size**2
+
+
+def test_images_in_folders_within_a_class_belong_to_it(root):
+    save(root / "train" / "cat" / "2024" / "may" / "0.png", (99, 0, 0))
+    opened = open_split(prepare("image_folder", root, 4), "train")
+    assert opened.labels[opened.images[:, 0, 0, 0].tolist().index(99)] == opened.classes.index("cat")
+
+
+def test_files_that_are_no_images_are_passed_over(root):
+    (root / "train" / "cat" / "notes.txt").write_text("a good cat")
+    (root / "train" / "list.csv").write_text("0.png,cat")
+    assert len(reds(root)) == 6
+
+
+@pytest.mark.parametrize(
+    "hidden", ["train/.ipynb_checkpoints/0.png", "train/cat/.ipynb_checkpoints/0.png", "train/cat/._0.png"]
+)
+def test_what_is_hidden_is_passed_over(root, hidden, conversions):
+    before = reds(root)
+    (root / hidden).parent.mkdir(exist_ok=True)
+    (root / hidden).write_bytes(b"no image at all")
+    assert reds(root) == before
+    assert len(conversions) == 1
+
+
+def test_names_may_have_spaces_and_any_letters(tmp_path):
+    root = tmp_path / "Bilder für später 🙂"
+    for class_name in ("größe 1", "猫", "it's"):
+        save(root / "train" / class_name / "ein bild – 1.png")
+        save(root / "test" / class_name / "ein bild – 1.png")
+    assert open_split(prepare("image_folder", root, 4), "train").classes == sorted(["größe 1", "猫", "it's"])
+
+
+def test_a_name_that_is_not_utf8_is_no_obstacle(root):
+    name = os.fsdecode(b"gr\xf6\xdfe.png")
+    try:
+        (root / "train" / "cat" / "2.png").rename(root / "train" / "cat" / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert sorted(reds(root)) == [10, 11, 12, 20, 21, 22]
+
+
+# ---- no test folder: a tenth is held out
+
+
+@pytest.fixture
+def root_without_test(tmp_path) -> Path:
+    for red in range(40):
+        save(tmp_path / "images" / "train" / ("even" if red % 2 == 0 else "odd") / f"{red:02}.png", (red, 0, 0))
+    return tmp_path / "images"
+
+
+def test_without_test_images_a_tenth_of_the_others_is_held_out(root_without_test):
+    train, test = reds(root_without_test, "train"), reds(root_without_test, "test")
+    assert len(test) == 4
+    assert sorted(train + test) == list(range(40))
+
+
+def test_held_out_images_keep_their_labels(root_without_test):
+    opened = open_split(prepare("image_folder", root_without_test, 4), "test")
+    expected = ["even" if red % 2 == 0 else "odd" for red in opened.images[:, 0, 0, 0].tolist()]
+    assert [opened.classes[label] for label in opened.labels] == expected
+
+
+def test_the_same_images_are_held_out_each_time(root_without_test, monkeypatch, tmp_path):
+    first = reds(root_without_test, "test")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))
+    assert reds(root_without_test, "test") == first
+
+
+# ---- the folder is only read, and read again when it changes
+
+
+def test_the_folder_is_never_written_to(root):
+    folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    before = state(root)
+    images_of(root)
+    assert state(root) == before
+
+
+def test_an_unchanged_folder_is_converted_once(root, conversions):
+    assert prepare("image_folder", root, 4) == prepare("image_folder", root, 4)
+    assert conversions == [root]
+
+
+def test_each_image_size_has_a_store_of_its_own(root):
+    assert images_of(root, image_size=4).shape[2:] == (4, 4)
+    assert images_of(root, image_size=8).shape[2:] == (8, 8)
+
+
+def write_later(path: Path, red: int) -> None:
+    """Another image under the same name, with a time that differs however fast this is."""
+    before = path.stat().st_mtime_ns
+    save(path, (red, 0, 0))
+    os.utime(path, ns=(before + 10**9, before + 10**9))
+
+
+CHANGES = {
+    "a file is added": (lambda train: save(train / "cat" / "3.png", (13, 0, 0)), [10, 11, 12, 13, 20, 21, 22]),
+    "a file is removed": (lambda train: (train / "cat" / "2.png").unlink(), [10, 11, 20, 21, 22]),
+    "a file is written": (lambda train: write_later(train / "cat" / "2.png", 99), [10, 11, 99, 20, 21, 22]),
+    "a file is renamed": (lambda train: (train / "cat" / "0.png").rename(train / "cat" / "9.png"), [11, 12, 10]),
+    "a class is renamed": (lambda train: (train / "cat").rename(train / "zebra"), [20, 21, 22, 10, 11, 12]),
+    "a class is added": (lambda train: save(train / "emu" / "0.png", (30, 0, 0)), [10, 11, 12, 20, 21, 22, 30]),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
+def test_a_changed_folder_is_converted_again(root, conversions, change, expected):
+    images_of(root)
+    change(root / "train")
+    assert reds(root)[: len(expected)] == expected
+    assert len(conversions) == 2
+
+
+def test_a_change_behind_a_link_is_seen(root, tmp_path, conversions):
+    elsewhere = tmp_path / "elsewhere"
+    (root / "train" / "cat").rename(elsewhere)
+    (root / "train" / "cat").symlink_to(elsewhere, target_is_directory=True)
+    assert reds(root) == [10, 11, 12, 20, 21, 22]
+    save(elsewhere / "3.png", (13, 0, 0))
+    assert reds(root) == [10, 11, 12, 13, 20, 21, 22]
+
+
+def test_two_folders_with_the_same_files_are_two_data_sets(root, tmp_path):
+    os.rename(root, tmp_path / "first")
+    first = prepare("image_folder", tmp_path / "first", 4)
+    os.rename(tmp_path / "first", root)
+    assert prepare("image_folder", root, 4) != first
+
+
+def test_a_failed_conversion_leaves_nothing(root, empty_cache):
+    (root / "train" / "dog" / "broken.png").write_bytes(b"no image at all")
+    failure(root)
+    assert [path.suffix for path in empty_cache.iterdir()] == [".lock"]
+
+
+# ---- what cannot be used is named
+
+
+def a_broken_file(root: Path) -> Path:
+    path = root / "train" / "dog" / "broken.png"
+    path.write_bytes(b"no image at all")
+    return path
+
+
+def an_image_that_ends_too_soon(root: Path) -> Path:
+    path = save(root / "test" / "dog" / "half.jpg", size=(300, 300))
+    path.write_bytes(path.read_bytes()[:700])
+    return path
+
+
+def a_class_without_images(root: Path) -> Path:
+    (root / "train" / "emu").mkdir()
+    (root / "train" / "emu" / "notes.txt").write_text("soon")
+    return root / "train" / "emu"
+
+
+def an_empty_split(root: Path, split: str) -> Path:
+    (root / split).rename(root / "elsewhere")
+    (root / split).mkdir()
+    return root / split
+
+
+def no_train_folder(root: Path) -> Path:
+    (root / "train").rename(root / "training")
+    return root / "train"
+
+
+def no_folder_at_all(root: Path) -> Path:
+    root.rename(root.parent / "elsewhere")
+    return root
+
+
+def a_link_to_nowhere(root: Path) -> Path:
+    path = root / "train" / "cat" / "gone.png"
+    path.symlink_to(root / "nowhere.png")
+    return path
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        a_broken_file,
+        an_image_that_ends_too_soon,
+        a_class_without_images,
+        lambda root: an_empty_split(root, "train"),
+        lambda root: an_empty_split(root, "test"),
+        no_train_folder,
+        no_folder_at_all,
+        a_link_to_nowhere,
+    ],
+    ids=["broken", "truncated", "empty class", "empty train", "empty test", "no train", "no root", "dead link"],
+)
+def test_what_cannot_be_used_is_named(root, spoil):
+    assert str(spoil(root)) in failure(root)
+
+
+def test_an_empty_class_is_named_though_the_folder_was_converted_before(root):
+    images_of(root)
+    (root / "train" / "emu").mkdir()
+    assert str(root / "train" / "emu") in failure(root)
+
+
+def test_without_a_data_root_the_ways_to_give_one_are_named():
+    message = failure(None)
+    assert all(way in message for way in ("--data_root", "FL_DATA_ROOT", "train/<class>/<image>"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_a_folder_that_may_not_be_read_is_named(root):
+    (root / "train" / "dog").chmod(0)
+    message = failure(root)
+    (root / "train" / "dog").chmod(0o755)
+    assert str(root / "train" / "dog") in message and "Permission denied" in message
+
+
+# ---- a folder for each site
+
+
+@pytest.fixture
+def each_its_own(tmp_path, monkeypatch, options):
+    """each_its_own(**classes of each site): their folders, and the options of a run over them."""
+
+    def make(**classes: list[str]):
+        for site, names in classes.items():
+            for split, n_images in (("train", 10), ("test", 2)):
+                for name in names:
+                    for i in range(n_images):
+                        save(tmp_path / site.replace("_", "-") / split / name / f"{i}.png", (ord(name[0]), i, 0))
+        monkeypatch.setenv("FL_DATA_ROOT", str(tmp_path / "{site}"))
+        return options(dataset="image_folder", image_size=4, partition="none", n_clients=len(classes))
+
+    return make
+
+
+def labels_and_reds(module: data.SiteDataModule) -> set[tuple[int, int]]:
+    """What the loaders give: each label with the red of its images."""
+    module.setup()
+    batches = [*module.train_dataloader(), *module.val_dataloader(), *module.test_dataloader()]
+    return {
+        (label, round((red + 1) * 127.5))
+        for images, labels in batches
+        for label, red in zip(labels.tolist(), images[:, 0, 0, 0].tolist(), strict=True)
+    }
+
+
+def test_each_site_has_a_folder_of_its_own(each_its_own):
+    run = each_its_own(site_1=["cat"], site_2=["cat", "dog"])
+    held = data.describe(run)
+    assert held.counts == {"site-1": {"cat": 10, "dog": 0}, "site-2": {"cat": 10, "dog": 10}}
+
+
+def test_a_class_that_one_site_lacks_does_not_shift_its_other_labels(each_its_own):
+    run = each_its_own(site_1=["cat", "dog", "emu"], site_2=["bee", "emu"])
+    classes = data.describe(run).classes
+    assert classes == ["bee", "cat", "dog", "emu"]
+    first, second = (data.SiteDataModule(site, classes, run) for site in ("site-1", "site-2"))
+    assert labels_and_reds(first) == {(1, ord("c")), (2, ord("d")), (3, ord("e"))}
+    assert labels_and_reds(second) == {(0, ord("b")), (3, ord("e"))}
+
+
+def test_a_class_that_the_federation_does_not_know_is_named(each_its_own):
+    run = each_its_own(site_1=["cat", "dog"], site_2=["cat", "unicorn"])
+    with pytest.raises(DataError, match="site-2 has a class 'unicorn'.*: cat, dog"):
+        data.SiteDataModule("site-2", ["cat", "dog"], run).setup()
+
+
+def test_the_images_of_all_sites_are_pooled(each_its_own):
+    run = each_its_own(site_1=["cat", "dog"], site_2=["cat", "emu"], site_3=["emu"])
+    classes = data.describe(run).classes
+    module = data.pooled(classes, run)
+    assert labels_and_reds(module) == {(0, ord("c")), (1, ord("d")), (2, ord("e"))}
+    assert (module.n_train + module.n_val, module.n_test) == (50, 10)
+
+
+def test_a_site_whose_folder_is_missing_is_named(each_its_own):
+    run = each_its_own(site_1=["cat"])
+    run.n_clients = 2
+    with pytest.raises(DataError, match="site-2.* cannot be read"):
+        data.prepare(run)
