@@ -7,6 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import federation.quick_start  # noqa: F401 (Lightning starts sooner)
+
+# isort: split
 import nvflare.client as flare_client
 import nvflare.client.lightning as flare  # (1) import NVFlare's Lightning client API
 import torch
@@ -23,6 +26,7 @@ def define_parser():
     parser.add_argument("--local_epochs", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--max_batches", type=int)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--image_size", type=int, required=True)
     parser.add_argument("--partition", required=True)
@@ -43,6 +47,7 @@ def make_trainer(args):
         max_epochs=args.local_epochs,
         check_val_every_n_epoch=sys.maxsize,  # the global model is validated before `fit`, not during it
         num_sanity_val_steps=0,
+        limit_train_batches=args.max_batches,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

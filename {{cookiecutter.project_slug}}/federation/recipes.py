@@ -59,4 +59,8 @@ def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
 def client_arguments(options) -> str:
     """client.py's command line. NVFlare splits it at white space, so no value may contain any."""
     arguments = [f"--{name} {getattr(options, name)}" for name in CLIENT_OPTIONS]
-    return " ".join([*arguments, "--gpu"] if options.gpu else arguments)
+    if options.gpu:
+        arguments.append("--gpu")
+    if options.max_batches:
+        arguments.append(f"--max_batches {options.max_batches}")
+    return " ".join(arguments)

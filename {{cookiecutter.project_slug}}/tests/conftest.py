@@ -1,6 +1,7 @@
 """What all tests share: no network, no surroundings of the user's, a cache folder of their own."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
     return cache_folder()
+
+
+@pytest.fixture
+def permissions_bind(tmp_path) -> None:
+    """Skips a test where every file may be read, whatever its permissions: as root, and on Windows."""
+    (tmp_path / "locked").mkdir(mode=0)
+    if os.access(tmp_path / "locked", os.R_OK):
+        pytest.skip("this user may read and write everything")
 
 
 @pytest.fixture

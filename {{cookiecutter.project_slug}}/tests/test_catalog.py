@@ -7,7 +7,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import os
 import pickle
 import socket
 import struct
@@ -482,13 +481,12 @@ def test_a_data_root_that_cannot_be_made_is_named(mirror, publish, empty_cache, 
     assert str(tmp_path / "file" / "data") in failure(root=tmp_path / "file" / "data")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 @pytest.mark.parametrize(("mode", "said"), [(0o555, "cannot write"), (0o000, "")], ids=["read-only", "locked"])
 def test_a_data_root_without_the_archive_that_cannot_be_written_is_named(
-    mode, said, mirror, publish, empty_cache, tmp_path
+    mode, said, mirror, publish, empty_cache, tmp_path, permissions_bind
 ):
     publish("cifar10", mirror(good).url)
-    root = tmp_path / "locked"
+    root = tmp_path / "data"
     root.mkdir(mode=mode)
     message = failure(root=root)
     assert str(root) in message and said in message and "Permission denied" in message

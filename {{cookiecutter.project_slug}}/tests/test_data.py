@@ -157,6 +157,12 @@ def test_seed_site_round_and_pass_tell_the_order_whoever_asks(run):
     )
 
 
+def test_the_key_of_an_order_is_the_same_in_every_process(run):
+    module = opened("site-1", run(seed=5))
+    module.round = 3
+    assert module.train_dataloader().shuffle == (5, 0x73E3AF25, 3)  # the CRC-32 of "site-1"
+
+
 @pytest.mark.parametrize("name", ["val", "test", "predict"])
 def test_images_for_evaluation_keep_their_order(name, run):
     module = opened("site-1", run())

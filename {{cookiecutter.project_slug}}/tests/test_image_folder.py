@@ -142,15 +142,12 @@ def test_files_that_are_no_images_are_passed_over(root):
     assert len(reds(root)) == 6
 
 
-@pytest.mark.parametrize(
-    "hidden", ["train/.ipynb_checkpoints/0.png", "train/cat/.ipynb_checkpoints/0.png", "train/cat/._0.png"]
-)
-def test_what_is_hidden_is_passed_over(root, hidden, conversions):
-    before = reds(root)
-    (root / hidden).parent.mkdir(exist_ok=True)
-    (root / hidden).write_bytes(b"no image at all")
-    assert reds(root) == before
-    assert len(conversions) == 1
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0.png", "cat/._0.png"])
+def test_what_is_hidden_is_passed_over(root, hidden):
+    (root / "train" / hidden).parent.mkdir(exist_ok=True)
+    (root / "train" / hidden).write_bytes(b"no image at all")
+    opened = open_split(prepare("image_folder", root, 4), "train")
+    assert (len(opened.images), opened.classes) == (6, ["cat", "dog"])
 
 
 def test_names_may_have_spaces_and_any_letters(tmp_path):
@@ -214,6 +211,14 @@ def test_the_folder_is_never_written_to(root):
 def test_an_unchanged_folder_is_converted_once(root, conversions):
     assert prepare("image_folder", root, 4) == prepare("image_folder", root, 4)
     assert conversions == [root]
+
+
+def test_what_is_hidden_does_not_change_a_folder(root, conversions):
+    images_of(root)
+    save(root / "train" / ".ipynb_checkpoints" / "0.png")
+    save(root / "train" / "cat" / ".ipynb_checkpoints" / "0.png")
+    images_of(root)
+    assert len(conversions) == 1
 
 
 def test_each_image_size_has_a_store_of_its_own(root):
@@ -340,8 +345,7 @@ def test_without_a_data_root_the_ways_to_give_one_are_named():
     assert all(way in message for way in ("--data_root", "FL_DATA_ROOT", "train/<class>/<image>"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
-def test_a_folder_that_may_not_be_read_is_named(root):
+def test_a_folder_that_may_not_be_read_is_named(root, permissions_bind):
     (root / "train" / "dog").chmod(0)
     message = failure(root)
     (root / "train" / "dog").chmod(0o755)
