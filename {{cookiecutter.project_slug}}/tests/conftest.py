@@ -2,11 +2,15 @@
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+PROJECT = Path(__file__).resolve().parent.parent
 SURROUNDINGS = ("FL_DATA_ROOT", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 OPTIONS = {
@@ -69,3 +73,47 @@ def options():
         return argparse.Namespace(**{**OPTIONS, **changes})
 
     return make
+
+
+class Project:
+    """A copy of the project, to run its programs in as a user does, without touching the user's own runs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns("runs", ".venv", "tests", ".*", "__pycache__"))
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+        """Start one of its programs, with the interpreter that runs the tests."""
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        process = self.start(*command, **environment)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def replace(self, name: str, old: str, new: str) -> None:
+        text = (self.folder / name).read_text(encoding="utf-8")
+        assert old in text
+        (self.folder / name).write_text(text.replace(old, new), encoding="utf-8")
+
+    def processes(self) -> list[str]:
+        """The command lines of all processes that run in its folders."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "cwd"]):
+            words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
+            if any(str(self.folder) in word for word in words):
+                found.append(" ".join(words))
+        return found
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path / "project")

@@ -1,0 +1,223 @@
+"""Whole federations, run as a user runs them. The first one is in the fast tier, the others are slow."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import OPTIONS, PROJECT, Project
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, session_cache) -> Project:
+    """A federation on digits: 3 sites of unlike classes, 2 rounds."""
+    project = Project(tmp_path_factory.mktemp("finished") / "project")
+    flags = ["--n_clients", "3", "--num_rounds", "2", "--partition", "dirichlet", "--alpha", "1"]
+    run = project.run("job.py", "--dataset", "digits", "--name", "first", *flags)
+    assert run.returncode == 0, run.stderr
+    project.screen = run.stdout
+    project.result = json.loads((project.folder / "runs" / "first" / "results.json").read_text())
+    return project
+
+
+@pytest.mark.federation
+class TestAFinishedRun:
+    def test_records_how_it_was_made(self, finished):
+        made = {
+            name: finished.result[name] for name in ("dataset", "algorithm", "partition", "n_clients", "num_rounds")
+        }
+        assert made == {
+            "dataset": "digits",
+            "algorithm": "fedavg",
+            "partition": "dirichlet",
+            "n_clients": 3,
+            "num_rounds": 2,
+        }
+        trained = {name: finished.result[name] for name in ("batch_size", "local_epochs", "learning_rate", "seed")}
+        assert trained == {"batch_size": 16, "local_epochs": 1, "learning_rate": 0.01, "seed": 0}
+
+    def test_has_every_round_of_every_site(self, finished):
+        assert [entry["round"] for entry in finished.result["rounds"]] == [0, 1, 2]
+        images = {site: len(own["val"]) for site, own in self.partition(finished)["sites"].items()}
+        for entry in finished.result["rounds"]:
+            assert set(entry["sites"]) == {"site-1", "site-2", "site-3"}
+            mean = np.average([entry["sites"][site] for site in images], weights=list(images.values()))
+            assert entry["accuracy"] == pytest.approx(mean)
+
+    def test_learns(self, finished):
+        untrained, *_, last = (entry["accuracy"] for entry in finished.result["rounds"])
+        assert last > untrained
+
+    def test_keeps_who_holds_what(self, finished):
+        partition = self.partition(finished)
+        held = {site: len(own["train"]) + len(own["val"]) for site, own in partition["sites"].items()}
+        assert held == {site: sum(counts.values()) for site, counts in partition["counts"].items()}
+        assert sum(held.values()) == 1437
+
+    def test_keeps_a_model_that_scores_what_the_file_says(self, finished):
+        from data import SiteDataModule
+        from model import LitNet
+
+        made = {**OPTIONS, **{name: finished.result[name] for name in ("partition", "n_clients", "seed")}, "alpha": 1.0}
+        classes = self.partition(finished)["classes"]
+        model = LitNet(num_classes=len(classes))
+        model.load_state_dict(torch.load(self.folder(finished) / finished.result["model"], weights_only=True))
+        model.eval()
+        for site, test in finished.result["test"]["sites"].items():
+            data = SiteDataModule(site, classes, _Options(made))
+            data.setup("test")
+            with torch.inference_mode():
+                right = [int((model(x).argmax(dim=1) == labels).sum()) for x, labels in data.test_dataloader()]
+            assert data.n_test == test["images"]
+            assert sum(right) / data.n_test == pytest.approx(test["accuracy"])
+
+    def test_names_the_worst_site(self, finished):
+        test = finished.result["test"]
+        assert test["sites"][test["worst"]]["accuracy"] == min(site["accuracy"] for site in test["sites"].values())
+        assert sum(site["images"] for site in test["sites"].values()) == 360
+
+    def test_sent_to_server_and_sites_only_these_files(self, finished):
+        job = self.folder(finished) / "job"
+        assert sorted(path.relative_to(job).as_posix() for path in job.rglob("*") if path.is_file()) == [
+            "app/config/config_fed_client.json",
+            "app/config/config_fed_server.json",
+            "app/custom/classes.txt",
+            "app/custom/client.py",
+            "app/custom/data.py",
+            "app/custom/federation/aggregator.py",
+            "app/custom/federation/catalog.py",
+            "app/custom/federation/partition.py",
+            "app/custom/federation/quick_start.py",
+            "app/custom/initial.pt",
+            "app/custom/model.py",
+            "meta.json",
+        ]
+        sent = "".join(path.read_text() for path in job.rglob("*") if path.is_file() and path.suffix != ".pt")
+        assert str(finished.folder) not in sent
+
+    def test_shows_on_the_screen_what_happened(self, finished):
+        lines = finished.screen.splitlines()
+        assert lines[0].startswith("Who holds what")
+        assert any(line.startswith("round 2 of 2 done") for line in lines)
+        assert any(line.startswith("final test") for line in lines)
+        assert not any("Traceback" in line or "Warning" in line for line in lines)
+        assert len(lines) <= 30
+
+    def test_is_the_newest_and_can_be_shown_again(self, finished):
+        assert (finished.folder / "runs" / "latest").resolve().name == "first"
+        shown = finished.run("results.py").stdout
+        assert "final test" in shown and "Who holds what" in shown
+
+    def test_leaves_no_process(self, finished):
+        assert finished.processes() == []
+
+    def folder(self, finished):
+        return finished.folder / "runs" / "first"
+
+    def partition(self, finished):
+        return json.loads((self.folder(finished) / "partition.json").read_text())
+
+
+class _Options:
+    def __init__(self, values):
+        self.__dict__.update(values)
+
+
+def wait_for(process, project: Project, text: str) -> None:
+    """Wait until a run's log has got so far."""
+    log = project.folder / "runs" / "latest" / "log.txt"
+    while process.poll() is None and not (log.exists() and text in log.read_text(errors="replace")):
+        pass
+
+
+@pytest.mark.slow
+def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
+    project.replace("model.py", "loss = criterion(outputs, labels)", 'raise RuntimeError("boom at the site")')
+    run = project.run("job.py", "--dataset", "digits")
+    assert run.returncode == 1
+    lines = run.stderr.strip().splitlines()
+    assert lines[0].startswith("job.py: site-") and lines[0].endswith(" failed: RuntimeError: boom at the site")
+    assert "model.py, line " in run.stderr and "in training_step" in run.stderr
+    assert lines[-1].startswith("The whole log: runs/")
+    assert project.processes() == []
+
+
+@pytest.mark.slow
+def test_a_client_that_is_killed_ends_the_job(project):
+    process = project.start("job.py", "--dataset", "digits", "--num_rounds", "50")
+    wait_for(process, project, "--- train new model ---")
+    import psutil
+
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "site-2" in child.cmdline():
+            child.kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "site-2 died" in err
+    assert project.processes() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_process(project, number):
+    process = project.start("job.py", "--dataset", "digits", "--num_rounds", "50")
+    wait_for(process, project, "--- train new model ---")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.endswith("job.py: stopped; no process is left\n")
+    assert project.processes() == []
+
+
+@pytest.mark.slow
+def test_other_data_and_another_model_need_no_other_change(project):
+    for name in ("data.py", "model.py"):
+        (project.folder / name).write_text((PROJECT / "tests" / "tabular" / name).read_text())
+    run = project.run("job.py", "--num_rounds", "3", "--name", "table")
+    assert run.returncode == 0, run.stderr
+    result = json.loads((project.folder / "runs" / "table" / "results.json").read_text())
+    assert result["test"]["accuracy"] > 0.9
+    check = project.run("job.py", "--check")
+    assert check.returncode == 0 and "CHECK PASSED" in check.stdout
+
+
+@pytest.mark.slow
+def test_every_site_can_have_a_folder_of_its_own(project, tmp_path):
+    from PIL import Image
+
+    random = np.random.RandomState(0)
+    for site, classes in (("site-1", ("cat", "dog")), ("site-2", ("bird", "cat"))):
+        for split, n in (("train", 20), ("test", 4)):
+            for name in classes:
+                folder = tmp_path / "images of all" / site / split / name
+                folder.mkdir(parents=True)
+                for i in range(n):
+                    Image.fromarray(random.randint(0, 256, (20, 30), dtype=np.uint8)).save(folder / f"{i}.png")
+    root = str(tmp_path / "images of all" / "{site}")
+    run = project.run("job.py", "--dataset", "image_folder", "--data_root", root, "--num_rounds", "1", "--name", "own")
+    assert run.returncode == 0, run.stderr
+    partition = json.loads((project.folder / "runs" / "own" / "partition.json").read_text())
+    assert partition["counts"] == {
+        "site-1": {"bird": 0, "cat": 20, "dog": 20},
+        "site-2": {"bird": 20, "cat": 20, "dog": 0},
+    }
+    assert json.loads((project.folder / "runs" / "own" / "results.json").read_text())["partition"] == "none"
+
+
+@pytest.mark.slow
+def test_the_check_falls_back_to_digits(project):
+    closed = "http://127.0.0.1:9"
+    run = project.run("job.py", "--check", "--dataset", "cifar10", https_proxy=closed, http_proxy=closed)
+    assert run.returncode == 0, run.stderr
+    assert "Checking with digits instead" in run.stdout
+    assert run.stdout.splitlines()[-1].startswith("CHECK PASSED in ")
+
+
+@pytest.mark.slow
+def test_the_check_does_not_pass_where_training_changes_nothing(project):
+    project.replace("model.py", "lr=self.hparams.learning_rate", "lr=0.0")
+    run = project.run("job.py", "--check", "--dataset", "digits")
+    assert run.returncode == 1
+    assert "NOT VERIFIED: the new global model is the same as the initial one" in run.stderr

@@ -1,0 +1,154 @@
+"""job.py's command line: what it refuses, how fast it answers, what it says."""
+
+import os
+import re
+import signal
+import sys
+
+import pytest
+
+from job import main
+
+BAD_FLAGS = {
+    "no client": (["--n_clients", "0"], "--n_clients is 0: it must be 1 or more"),
+    "no round": (["--num_rounds", "0"], "--num_rounds is 0: it must be 1 or more"),
+    "no image in a batch": (["--batch_size", "0"], "--batch_size is 0: it must be 1 or more"),
+    "no epoch": (["--local_epochs", "-1"], "--local_epochs is -1: it must be 1 or more"),
+    "no shard": (["--shards_per_site", "0"], "--shards_per_site is 0: it must be 1 or more"),
+    "tiny images": (["--image_size", "8"], "--image_size is 8: it must be 16 or more"),
+    "alpha of zero": (["--alpha", "0"], "--alpha is 0.0: it must be a number above 0"),
+    "infinite alpha": (["--alpha", "inf"], "--alpha is inf: it must be a number above 0"),
+    "no learning": (["--learning_rate", "nan"], "--learning_rate is nan: it must be a number above 0"),
+    "a negative seed": (["--seed", "-1"], "--seed is -1"),
+    "an unknown data set": (["--dataset", "imagenet"], "argument --dataset: invalid choice: 'imagenet'"),
+    "an unknown partition": (["--partition", "fair"], "argument --partition: invalid choice: 'fair'"),
+    "an unknown flag": (["--rounds", "2"], "unrecognized arguments: --rounds 2"),
+    "words for a number": (["--n_clients", "two"], "argument --n_clients: invalid int value: 'two'"),
+    "a path for a name": (["--name", "../x"], "--name is '../x': letters, digits"),
+    "the name of the link": (["--name", "latest"], "runs/latest exists"),
+    "images dealt that each site has": (
+        ["--data_root", "/nowhere/{site}", "--partition", "iid"],
+        "--partition iid deals images out, but with {site} each site has its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FLAGS)
+def test_a_wrong_flag_is_refused_in_one_line(project, fault):
+    flags, message = BAD_FLAGS[fault]
+    run = project.run("job.py", *flags)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert re.fullmatch(r"job.py: .*\n", run.stderr)
+    assert message in run.stderr
+    assert not (project.folder / "runs").exists()
+
+
+def test_a_name_that_exists_is_refused(project):
+    (project.folder / "runs" / "first").mkdir(parents=True)
+    run = project.run("job.py", "--name", "first")
+    assert (run.returncode, run.stderr) == (2, "job.py: runs/first exists: choose another --name, or none\n")
+
+
+DATA_FAULTS = {
+    "more clients than images": (["--dataset", "digits", "--n_clients", "1000"], "1437 training images are too few"),
+    "a Dirichlet draw that cannot be": (
+        ["--dataset", "digits", "--n_clients", "144", "--partition", "dirichlet"],
+        "no Dirichlet draw with alpha 0.5 gives each of 144 sites 10 of the 1437 training images",
+    ),
+    "no folder of images": (["--dataset", "image_folder"], "image_folder needs the folder"),
+    "a folder that is not there": (["--dataset", "image_folder", "--data_root", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path, capsys):
+    """Run job.py in this process, which has imported what takes seconds: (exit code, standard error)."""
+    monkeypatch.setattr("job.RUNS", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["job.py", *flags])
+        return main(), capsys.readouterr().err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS)
+def test_data_that_cannot_be_used_is_refused_in_one_line(job, fault):
+    flags, message = DATA_FAULTS[fault]
+    code, error = job(*flags)
+    assert code == 2
+    assert re.fullmatch(r"job.py: .*\n", error)
+    assert message in error
+
+
+def test_data_that_cannot_be_fetched_says_what_to_do(job, monkeypatch):
+    for name in ("FL_DATA_MIRROR", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    code, error = job("--dataset", "cifar10")
+    assert code == 2
+    *progress, last = error.splitlines()
+    assert progress and not any("Traceback" in line for line in progress)
+    for hint in ("127.0.0.1:9: ", "www.cs.toronto.edu: ", "./prepare_data.sh", "FL_DATA_MIRROR", "--dataset digits"):
+        assert hint in last
+    assert "put cifar-10-python.tar.gz (MD5 c58f30108f718f92721af3b95e74349a) into " in last
+
+
+def test_help_lists_every_flag_with_its_default(project):
+    run = project.run("job.py", "--help")
+    assert run.returncode == 0
+    for flag in ("--n_clients", "--num_rounds", "--partition", "--gpu, --no-gpu", "--verbose", "--data_root"):
+        assert flag in run.stdout
+    assert "[16]" in run.stdout
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--n_clients", "0"]], ids=["help", "a wrong flag"])
+def test_nothing_heavy_is_imported_to_answer(project, flags):
+    heavy = "{'torch', 'numpy', 'nvflare', 'pytorch_lightning', 'rich', 'sklearn'}"
+    program = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: print('heavy:', sorted({heavy} & set(sys.modules))))\n"
+        f"sys.argv = ['job.py', *{flags!r}]\n"
+        "sys.path.insert(0, '.')\n"
+        "runpy.run_path('job.py', run_name='__main__')\n"
+    )
+    assert "heavy: []" in project.run("-c", program).stdout
+
+
+def test_without_nvflare_it_names_the_interpreter_to_use(project):
+    run = project.run("-S", "job.py")  # -S: without installed packages
+    assert run.returncode == 2
+    assert "pip install -r requirements.txt" in run.stderr
+    own = project.folder / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert "use .venv/bin/python job.py" in project.run("-S", "job.py").stderr
+
+
+def test_a_path_with_a_space_is_refused(project):
+    moved = project.folder.rename(project.folder.with_name("my project"))
+    project.folder = moved
+    run = project.run("job.py", "--dataset", "digits")
+    assert run.returncode == 2
+    assert "NVFlare cannot run in a folder whose path has spaces" in run.stderr
+
+
+def test_prepare_data_gets_the_data_ready_and_stops(project):
+    run = project.run(
+        "-c",
+        "import subprocess; subprocess.run(['./prepare_data.sh', '--dataset', 'digits'], check=True)",
+        PYTHON=sys.executable,
+    )
+    assert (run.returncode, run.stdout) == (0, "digits is ready\n")
+    assert not (project.folder / "runs").exists()
+    assert os.listdir(os.environ["XDG_CACHE_HOME"])
+
+
+def test_without_a_run_results_says_what_to_do(project):
+    run = project.run("results.py")
+    assert run.returncode == 2
+    assert run.stderr.endswith("is not there: finish a run with python job.py\n")
