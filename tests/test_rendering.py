@@ -22,8 +22,11 @@ FILES = """
     data.py
     federation/aggregator.py
     federation/catalog.py
+    federation/check.py
+    federation/command_line.py
     federation/environments.py
     federation/partition.py
+    federation/quick_start.py
     federation/recipes.py
     job.py
     model.py
@@ -33,7 +36,13 @@ FILES = """
     results.py
     settings.py
     tests/conftest.py
+    tests/tabular/data.py
+    tests/tabular/model.py
     tests/test_catalog.py
+    tests/test_data.py
+    tests/test_federation.py
+    tests/test_image_folder.py
+    tests/test_job.py
     tests/test_partition.py
 """
 

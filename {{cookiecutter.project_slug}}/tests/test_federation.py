@@ -2,8 +2,10 @@
 
 import json
 import signal
+import subprocess
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -125,11 +127,13 @@ class _Options:
         self.__dict__.update(values)
 
 
-def wait_for(process, project: Project, text: str) -> None:
-    """Wait until a run's log has got so far."""
-    log = project.folder / "runs" / "latest" / "log.txt"
-    while process.poll() is None and not (log.exists() and text in log.read_text(errors="replace")):
-        pass
+def start_training(project: Project) -> subprocess.Popen:
+    """Start a long federation, and come back once a site trains."""
+    process = project.start("job.py", "--dataset", "digits", "--num_rounds", "50", "--verbose")
+    for line in process.stdout:
+        if "--- train new model ---" in line:
+            return process
+    raise AssertionError(process.stderr.read())
 
 
 @pytest.mark.slow
@@ -146,10 +150,7 @@ def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
 
 @pytest.mark.slow
 def test_a_client_that_is_killed_ends_the_job(project):
-    process = project.start("job.py", "--dataset", "digits", "--num_rounds", "50")
-    wait_for(process, project, "--- train new model ---")
-    import psutil
-
+    process = start_training(project)
     for child in psutil.Process(process.pid).children(recursive=True):
         if "site-2" in child.cmdline():
             child.kill()
@@ -162,8 +163,7 @@ def test_a_client_that_is_killed_ends_the_job(project):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_process(project, number):
-    process = project.start("job.py", "--dataset", "digits", "--num_rounds", "50")
-    wait_for(process, project, "--- train new model ---")
+    process = start_training(project)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -1,0 +1,31 @@
+# `make` alone lists what there is.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/fl-digits
+
+help:  ## list the targets
+	@sed -n 's|^\([a-z-]*\):.*## \(.*\)|  make \1\t\2|p' Makefile | expand -t 20
+
+demo: .venv/ready  ## render a project with its digits data set and run it: 2 sites, 5 rounds, no network
+	$(BIN)/cookiecutter . --no-input --overwrite-if-exists --output-dir build project_name="Federated digits" \
+		project_slug=fl-digits dataset=digits rounds=5 setup=skip
+	cd $(DEMO) && ../../$(BIN)/python job.py --local_epochs 2
+
+test: .venv/ready  ## the fast tests of the template and of a rendered project, and one federation
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/ready  ## all tests: faults, more federations, real environments
+	$(BIN)/python -m pytest
+
+lint: .venv/ready  ## ruff on everything where it stands
+	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
+
+.venv/ready: requirements-dev.txt {{cookiecutter.project_slug}}/requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -r "{{cookiecutter.project_slug}}/requirements.txt"
+	touch $@
+
+clean:  ## remove what was built here
+	rm -rf build .venv
+
+.PHONY: help demo test test-all lint clean
