@@ -65,7 +65,7 @@ def main():
 
     data = SiteDataModule(site, classes, args)
     data.prepare_data()
-    data.setup()
+    data.setup("fit")
     model = LitNet(num_classes=len(classes), learning_rate=args.learning_rate)
     # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
     model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train}

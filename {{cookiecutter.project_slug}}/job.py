@@ -22,7 +22,8 @@ class FederationError(Exception):
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `kill` cleans up as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # `kill` cleans up as Ctrl-C does; a background job as well
+        signal.signal(number, signal.default_int_handler)
     try:
         options = parse()
         validate(options)

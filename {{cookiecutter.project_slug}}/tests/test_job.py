@@ -66,14 +66,15 @@ def job(monkeypatch, tmp_path, capsys):
     """Run job.py in this process, which has imported what takes seconds: (exit code, standard error)."""
     monkeypatch.setattr("job.RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["job.py", *flags])
         return main(), capsys.readouterr().err
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert not (tmp_path / "runs").exists()
 
 
