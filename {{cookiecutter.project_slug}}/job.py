@@ -14,6 +14,7 @@ from pathlib import Path
 
 from federation.command_line import PROJECT, UsageError, parse, validate
 
+START = time.monotonic()
 RUNS = Path("runs")
 
 
@@ -67,7 +68,6 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     Raises:
         FederationError: a site failed.
     """
-    start = time.monotonic()
     import torch
 
     import results
@@ -98,7 +98,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
         **{name: getattr(options, name) for name in results.CONFIGURATION},
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
         **outcome,
-        "wall_s": round(time.monotonic() - start, 2),
+        "wall_s": round(time.monotonic() - START, 2),
     }
     (folder / "results.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     results.show(result)
@@ -126,7 +126,6 @@ def new_run(name: str | None) -> Path:
 
 def check(options: argparse.Namespace) -> int:
     """One short round, on digits where the chosen data cannot be had, judged by its outcome."""
-    start = time.monotonic()
     options.n_clients, options.num_rounds, options.local_epochs = min(options.n_clients, 4), 1, 1
     options.max_batches = 4
     try:
@@ -147,7 +146,7 @@ def check(options: argparse.Namespace) -> int:
         print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
         return 1
     print(
-        f"\nCHECK PASSED in {time.monotonic() - start:.0f} s: one round, {options.n_clients} sites, {options.dataset}"
+        f"\nCHECK PASSED in {time.monotonic() - START:.0f} s: one round, {options.n_clients} sites, {options.dataset}"
     )
     return 0
 
