@@ -22,7 +22,7 @@ def find_fault(folder: Path, result: dict, sites: list[str], n_classes: int) -> 
     initial = torch.load(folder / "bundle" / "initial.pt", weights_only=True)
     final = torch.load(folder / result["model"], weights_only=True)
     try:
-        LitNet(num_classes=n_classes).load_state_dict(final)
+        LitNet(num_classes=n_classes, learning_rate=result["learning_rate"]).load_state_dict(final)
     except RuntimeError as error:
         return f"the new global model does not load into LitNet: {str(error).splitlines()[-1].strip()}"
     if all(torch.allclose(initial[name], final[name]) for name in initial):  # averaging alone rounds the last bits
