@@ -65,6 +65,24 @@ def end(child: subprocess.Popen) -> None:
             child.wait(timeout=10)
 
 
+@contextlib.contextmanager
+def terminal_for_us():
+    """Have Ctrl-C to ourselves, as a shell's job has: cookiecutter would abort at once, and cruft before it is done."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no terminal
+            terminal = os.open("/dev/tty", os.O_RDWR)
+            stack.callback(os.close, terminal)
+            caller = os.getpgrp()
+            if os.tcgetpgrp(terminal) == caller:  # else this runs in the background
+                os.setpgid(0, 0)
+                for number in (signal.SIGTTOU, signal.SIGTSTP):  # the shell would not see that Ctrl-Z has stopped us
+                    signal.signal(number, signal.SIG_IGN)
+                stack.enter_context(contextlib.suppress(OSError))
+                stack.callback(os.tcsetpgrp, terminal, caller)
+                os.tcsetpgrp(terminal, os.getpgrp())
+        yield
+
+
 def is_comparison(answers: dict, project: Path) -> bool:
     """Tell whether `cruft update` or `cruft diff` renders the project, only to compare it and throw it away."""
     temporary = project.parent.parent == Path(tempfile.gettempdir()).resolve()
@@ -206,14 +224,18 @@ def set_up(answers: dict, project: Path) -> bool:
             if reason := step("1/3 environment", install, answers):
                 return not_verified(f"there is no environment: {reason}", 0)
             python = OWN
-        steps, first, data_missing = by_hand(answers, python), 1, ""
+        steps, first, data_missing, check = by_hand(answers, python), 1, "", [python, "job.py", "--check"]
         if answers["dataset"] == "image_folder" and not os.environ.get("FL_DATA_ROOT"):
             say("\n== 2/3 data: skipped, as FL_DATA_ROOT does not say where your images are")
         else:
             data_missing = step("2/3 data", run, ["sh", "prepare_data.sh"], PYTHON=python)
         if data_missing == INTERRUPTED:
             return not_verified(INTERRUPTED, 1)
-        if reason := step("3/3 check", run, [python, "job.py", "--check"]):
+        if data_missing:  # else the check would wait for every mirror once more
+            reason = step("3/3 check, with digits", run, [*check, "--dataset", "digits"], FL_DATA_ROOT="")
+        else:
+            reason = step("3/3 check", run, check)
+        if reason:
             return not_verified(f"{reason}; what it says is above", 1 if data_missing else 2)
     except KeyboardInterrupt:
         return not_verified(INTERRUPTED, first)
@@ -236,14 +258,23 @@ def main(answers: dict) -> int:
         commands = [f"cd {shlex.quote(str(project))}", *sum(by_hand(answers), [])]
         show_commands("Nothing is set up, as you wished. By hand (on Windows: in WSL2):", commands)
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever ends this hook ends what it has started
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+    ):  # whatever ends this hook ends what it has started
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
-    return 0 if set_up(answers, project) or os.environ.get("FL_TEMPLATE_STRICT") != "1" else 1
+    with terminal_for_us():
+        done = set_up(answers, project)
+    return 0 if done or os.environ.get("FL_TEMPLATE_STRICT") != "1" else 1
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["lacking"]:  # asked of .venv's interpreter by choose()
         sys.exit("\n".join(lacking()) or 0)
+    if sys.argv[1:] == ["wants-cpu-wheels"]:  # asked by the template's Makefile
+        sys.exit(not (wants_cpu_wheels({"use_gpu": False}) and has_answer(CPU_WHEELS)))
     # The answers as JSON in a Python literal, whatever characters they hold. There is no other template code here.
     sys.exit(main(json.loads({{cookiecutter | tojson | tojson}})))  # noqa: F821
