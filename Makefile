@@ -22,8 +22,8 @@ lint: .venv/ready  ## ruff on everything where it stands
 
 .venv/ready: requirements-dev.txt {{cookiecutter.project_slug}}/requirements.txt
 	$(PYTHON) -m venv .venv
-	! $(PYTHON) hooks/post_gen_project.py wants-cpu-wheels || \
-		$(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu/ torch torchvision || true
+	if $(PYTHON) hooks/post_gen_project.py wants-cpu-wheels; then \
+		$(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu/ torch torchvision || true; fi
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -r "{{cookiecutter.project_slug}}/requirements.txt"
 	touch $@
 

@@ -181,7 +181,7 @@ def show_commands(title: str, commands: list[str]) -> None:
 
 
 def plan(answers: dict, python: str) -> str:
-    size = "about 5.6 GB" if sys.platform == "linux" else "about 1.6 GB"
+    size = ", about 6 GB" if sys.platform == "linux" else ""
     if wants_cpu_wheels(answers):
         size += ", about 4 GB less where PyTorch's CPU wheels can be had"
     tool = "uv" if shutil.which("uv") else "venv and pip"
@@ -189,7 +189,7 @@ def plan(answers: dict, python: str) -> str:
     return "\n".join(
         [
             "Setting up the project. Ctrl-C stops it at any time and leaves the project whole.",
-            f"  1. environment: {f'{python} has all it needs' if python else f'into .venv with {tool}, {size}'}",
+            f"  1. environment: {f'{python} has all it needs' if python else f'into .venv with {tool}{size}'}",
             f"  2. data: {answers['dataset']}, " + (f"{data} unless they are in the cache" if data else "no download"),
             "  3. check: one short round, about half a minute",
         ]
@@ -258,12 +258,7 @@ def main(answers: dict) -> int:
         commands = [f"cd {shlex.quote(str(project))}", *sum(by_hand(answers), [])]
         show_commands("Nothing is set up, as you wished. By hand (on Windows: in WSL2):", commands)
         return 0
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-        signal.SIGQUIT,
-    ):  # whatever ends this hook ends what it has started
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # each ends what is started here
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
     with terminal_for_us():

@@ -132,7 +132,7 @@ def test_an_interpreter_that_has_all_is_used_and_nothing_is_installed(hook):
 def test_the_plan_comes_first_and_each_step_tells_its_time(hook):
     hook.not_met = ["torch>=2.4"]
     said = hook()[1]
-    order = ["about 5.6 GB, about 4 GB less", "170 MB", "3. check", "== 1/3 environment\n", "== 2/3 data\n", "== 3/3"]
+    order = ["about 6 GB, about 4 GB less", "170 MB", "3. check", "== 1/3 environment\n", "== 2/3 data\n", "== 3/3"]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
     assert said.count("done (0 s)") == 3
 

@@ -38,11 +38,8 @@ def define_parser():
 
 
 def make_trainer(args):
-    use_gpu = args.gpu and torch.cuda.is_available()
-    if args.gpu and not use_gpu:
-        print("WARNING: --gpu was asked for, but this site has no CUDA GPU: training on the CPU")
     return Trainer(
-        accelerator="gpu" if use_gpu else "cpu",
+        accelerator="gpu" if args.gpu and torch.cuda.is_available() else "cpu",
         devices=1,
         max_epochs=args.local_epochs,
         check_val_every_n_epoch=sys.maxsize,  # the global model is validated before `fit`, not during it
@@ -61,6 +58,8 @@ def main():
     flare.init()
     site = flare.get_site_name()
     print(f"batch_size={args.batch_size}, site={site}")
+    if args.gpu and not torch.cuda.is_available():
+        print("WARNING: --gpu was asked for, but this site has no CUDA GPU: training on the CPU")
     classes = Path(__file__).with_name("classes.txt").read_text(encoding="utf-8").splitlines()
 
     data = SiteDataModule(site, classes, args)

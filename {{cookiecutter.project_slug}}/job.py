@@ -82,7 +82,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
 
     (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
     results.show_holdings(holdings.counts)
-    print(f"\nrun {folder}: FedAvg, {options.n_clients} sites, {options.num_rounds} rounds; log: {folder}/log.txt")
+    print(f"\nrun {folder}: FedAvg, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {folder}/log.txt")
 
     recipe = recipes.fedavg(options, holdings.classes, folder)
     recipe.export(str(folder))

@@ -17,7 +17,7 @@ from pytorch_lightning import LightningModule
 from torchmetrics import Accuracy
 
 MOMENTUM = 0.9
-LOG_EVERY_N_STEPS = 50  # logging at every step would take a third of the time of a small network
+LOG_EVERY_N_STEPS = 50  # metrics at every step would cost more than many a layer of a small network
 
 criterion = nn.CrossEntropyLoss()
 

@@ -10,27 +10,30 @@ from rich.console import Console
 from rich.table import Table
 
 RUNS = Path(__file__).resolve().parent / "runs"
-CONFIGURATION = ("partition", "n_clients", "num_rounds", "batch_size", "local_epochs", "learning_rate", "seed")
+CONFIGURATION = (
+    *("partition", "alpha", "shards_per_site", "n_clients", "num_rounds"),
+    *("image_size", "batch_size", "local_epochs", "learning_rate", "seed"),
+)
 MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json have all
 
 
 def show_holdings(counts: dict[str, dict[str, int]]) -> None:
     """Print who holds what: a row a site, a column a class; `counts` is that of partition.json."""
     classes = list(next(iter(counts.values())))
-    table = _table("Who holds what (images to learn from)")
+    table = _table()
     _column(table, "site", left=True)
     for name in classes[:MAX_COLUMNS]:
         _column(table, name[:6])
     _column(table, "all")
     for site, held in list(counts.items())[:MAX_ROWS]:
         table.add_row(site, *(str(held[name]) for name in classes[:MAX_COLUMNS]), str(sum(held.values())))
-    _print(table, len(counts), len(classes), "partition.json")
+    _print("Who holds what (images to learn from)", table, len(counts), len(classes), "partition.json")
 
 
 def show(result: dict) -> None:
     """Print a run's results.json: the global model after each round, and the test of the final one."""
     sites = list(result["test"]["sites"])
-    table = _table(f"Accuracy of the global model ({result['dataset']}, {result['partition']})")
+    table = _table()
     _column(table, "", left=True)
     _column(table, "all sites")
     for site in sites[:MAX_COLUMNS]:
@@ -43,14 +46,15 @@ def show(result: dict) -> None:
     test = result["test"]
     row = (test["sites"][site]["accuracy"] for site in sites[:MAX_COLUMNS])
     table.add_row("final test", _share(test["accuracy"]), *map(_share, row))
-    _print(table, len(rounds), len(sites), "results.json")
+    title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"
+    _print(title, table, len(rounds), len(sites), "results.json")
     worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
-    print(f"\nFinal test accuracy {_share(test['accuracy'])}, loss {test['loss']:.3f}{worst}")
+    print(f"\nFinal test accuracy {_share(test['accuracy'])}, loss {_share(test['loss'])}{worst}")
     print(f"{result['wall_s']:.0f} s in all")
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
 
 
 def _column(table: Table, name: str, left: bool = False) -> None:
@@ -58,7 +62,8 @@ def _column(table: Table, name: str, left: bool = False) -> None:
     table.add_column(name, justify="left" if left else "right", no_wrap=True, min_width=max(len(name), 5))
 
 
-def _print(table: Table, n_rows: int, n_columns: int, file: str) -> None:
+def _print(title: str, table: Table, n_rows: int, n_columns: int, file: str) -> None:
+    print(f"\n{title}")  # not the table's own title, which is folded to the table's width
     Console().print(table, crop=False)
     if n_rows > MAX_ROWS or n_columns > MAX_COLUMNS:
         print(f"(not all fits here: {file} has the rest)")
@@ -84,8 +89,8 @@ class Progress:
             return
         for record in rounds[self.shown :]:
             accuracy = {m["name"]: m["value"] for m in record["aggregated_metrics"]}.get("val_acc")
-            done = record["round"]  # counted from 0; its metrics are those of the model that it started from
-            print(f"round {done + 1} of {self.num_rounds} done; {_after(done)}: validation accuracy {_share(accuracy)}")
+            number = record["round"] + 1  # NVFlare counts from 0, and records the metrics of what the round began with
+            print(f"round {number} of {self.num_rounds} done; it began with validation accuracy {_share(accuracy)}")
             sys.stdout.flush()
         self.shown = len(rounds)
 

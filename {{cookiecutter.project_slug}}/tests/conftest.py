@@ -109,7 +109,7 @@ class Project:
         found = []
         for process in psutil.process_iter(["cmdline", "cwd"]):
             words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
-            if any(str(self.folder) in word for word in words):
+            if any(str(self.folder.resolve()) in word for word in words):
                 found.append(" ".join(words))
         return found
 

@@ -97,15 +97,16 @@ class TestAFinishedRun:
             "meta.json",
         ]
         sent = "".join(path.read_text() for path in job.rglob("*") if path.is_file() and path.suffix != ".pt")
-        assert str(finished.folder) not in sent
+        assert str(finished.folder.resolve()) not in sent
 
     def test_shows_on_the_screen_what_happened(self, finished):
         lines = finished.screen.splitlines()
-        assert lines[0].startswith("Who holds what")
+        assert lines[1].startswith("Who holds what")
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
         assert len(lines) <= 30
+        assert "Accuracy of the global model (digits, dirichlet)" in lines
 
     def test_is_the_newest_and_can_be_shown_again(self, finished):
         assert (finished.folder / "runs" / "latest").resolve().name == "first"

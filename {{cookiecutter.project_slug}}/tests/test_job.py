@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from federation import catalog, command_line, partition
 from job import main
 
 BAD_FLAGS = {
@@ -97,6 +98,11 @@ def test_data_that_cannot_be_fetched_says_what_to_do(job, monkeypatch):
     for hint in ("127.0.0.1:9: ", "www.cs.toronto.edu: ", "./prepare_data.sh", "FL_DATA_MIRROR", "--dataset digits"):
         assert hint in last
     assert "put cifar-10-python.tar.gz (MD5 c58f30108f718f92721af3b95e74349a) into " in last
+
+
+def test_the_flags_offer_what_the_code_behind_them_knows():
+    assert command_line.DATASETS == catalog.DATASETS  # written twice, since `--help` must not wait for NumPy
+    assert command_line.PARTITIONS == partition.SCHEMES
 
 
 def test_help_lists_every_flag_with_its_default(project):
