@@ -210,6 +210,7 @@ class Terminal:
 
     def read_until(self, text: str) -> None:
         while text not in self.said:
+            assert "[ready]" not in self.said, self.said  # the command has ended without a word of it
             try:
                 self.said += os.read(self.screen, 4096).decode(errors="replace")
             except OSError:  # the last process on this terminal has ended
@@ -235,7 +236,7 @@ def processes_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("step", "marker"), [("environment", "uv is waiting"), ("data", "Fetching"), ("check", "FedAvg, 2 sites")]
+    ("step", "marker"), [("environment", "uv is waiting"), ("data", "Fetching"), ("check", "FedAvg, sites: 2")]
 )
 def test_ctrl_c_at_a_terminal(cookiecutter, template, tmp_path, step, marker):
     arguments = cookiecutter("silent", dataset="digits" if step == "check" else "cifar10")
