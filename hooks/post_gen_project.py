@@ -25,6 +25,7 @@ DOWNLOADS = {"cifar10": "170 MB", "fashion_mnist": "30 MB", "bloodmnist": "35 MB
 OWN = ".venv/bin/python"  # the project's interpreter, where it has one of its own
 BOUNDED = {"PIP_RETRIES": "2", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}  # what the user has set goes before
 INTERRUPTED = "interrupted"
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
 
 
 def say(text: str) -> None:
@@ -34,19 +35,37 @@ def say(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextlib.contextmanager
+def signals_held_back():
+    """Let Ctrl-C and its like wait until a process that is being started is known, so that it can be ended."""
+    received = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+
+
 def run(command: list[str], quiet: bool = False, **variables: str) -> str:
     """Run a command in the project; return "" if it succeeded, else in a few words why not. It never raises."""
     child, output = None, subprocess.DEVNULL if quiet else None
     try:
         # In a session of its own, so that Ctrl-C reaches it from here alone, and everything it has started with it.
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**BOUNDED, **os.environ, **variables},
-            start_new_session=True,
-        )
+        with signals_held_back():
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**BOUNDED, **os.environ, **variables},
+                start_new_session=True,
+            )
         code = child.wait()
         return f"{shlex.join(command)} ended with exit code {code}" if code else ""
     except OSError as error:
@@ -258,7 +277,7 @@ def main(answers: dict) -> int:
         commands = [f"cd {shlex.quote(str(project))}", *sum(by_hand(answers), [])]
         show_commands("Nothing is set up, as you wished. By hand (on Windows: in WSL2):", commands)
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # each ends what is started here
+    for number in SIGNALS:  # each ends what is started here
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
     with terminal_for_us():

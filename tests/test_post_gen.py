@@ -354,6 +354,21 @@ def test_it_tells_an_interpreter_from_one_that_has_all(hook):
         assert (done.returncode, done.stderr.strip()) == (code, requirement if code else "")
 
 
+def test_ctrl_c_while_a_process_is_being_started_leaves_none(monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)  # before the caller has got the process
+
+    run = runpy.run_path(str(HOOK))["run"]
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    assert run(["sleep", "600"]) == "interrupted"
+    assert started[0].poll() is not None
+
+
 def test_a_command_fails_in_words(hook):
     assert hook.real_run([sys.executable, "-c", ""]) == ""
     assert hook.real_run(["false"]) == "false ended with exit code 1"

@@ -60,8 +60,8 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
         target=_run_simulator, args=(str(job), str(workspace), str(log), options.n_clients, threads, gpus)
     )
     log.touch()
-    simulator.start()
     try:
+        simulator.start()
         with log.open(encoding="utf-8", errors="replace") as lines:
             while True:
                 running = simulator.is_alive()
@@ -102,7 +102,8 @@ def _run_simulator(job: str, workspace: str, log: str, n_clients: int, threads: 
 
 
 def _end_family() -> None:
-    """End every process that descends from this one."""
+    """End every process that descends from this one. An impatient second Ctrl-C must not interrupt that."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     family = psutil.Process().children(recursive=True)
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -110,6 +111,8 @@ def _end_family() -> None:
     for process in psutil.wait_procs(family, timeout=3)[1]:
         process.kill()
     psutil.wait_procs(family, timeout=3)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _dead_client(workspace: Path) -> str | None:
