@@ -25,6 +25,7 @@ FILES = """
     federation/check.py
     federation/command_line.py
     federation/environments.py
+    federation/evaluation.py
     federation/partition.py
     federation/quick_start.py
     federation/recipes.py
@@ -38,6 +39,7 @@ FILES = """
     tests/conftest.py
     tests/tabular/data.py
     tests/tabular/model.py
+    tests/test_aggregator.py
     tests/test_catalog.py
     tests/test_data.py
     tests/test_federation.py

@@ -67,7 +67,8 @@ def main():
     data.setup("fit")
     model = LitNet(num_classes=len(classes), learning_rate=args.learning_rate)
     # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
-    model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train}
+    # Its say in the global model's accuracy is that of its validation images.
+    model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train, "val_images": data.n_val}
 
     trainer = make_trainer(args)
     evaluator = make_trainer(args)

@@ -43,9 +43,10 @@ def show(result: dict) -> None:
         row = (entry["sites"][site] for site in sites[:MAX_COLUMNS])
         table.add_row(_after(entry["round"]), _share(entry["accuracy"]), *map(_share, row))
     table.add_section()
-    test = result["test"]
-    row = (test["sites"][site]["accuracy"] for site in sites[:MAX_COLUMNS])
-    table.add_row("final test", _share(test["accuracy"]), *map(_share, row))
+    test, best = result["test"], result["best"]
+    for name, its_test in (("final test", test), (f"best test (round {best['round']})", best["test"])):
+        row = (its_test["sites"][site]["accuracy"] for site in sites[:MAX_COLUMNS])
+        table.add_row(name, _share(its_test["accuracy"]), *map(_share, row))
     title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"
     _print(title, table, len(rounds), len(sites), "results.json")
     worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""

@@ -10,9 +10,11 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.base_fedavg import BaseFedAvg
 
+VAL_IMAGES = "val_images"  # how client.py names a site's number of validation images
+
 
 class OrderedMean(ModelAggregator):
-    """The mean of the sites' weights and metrics, each site weighted by its number of training images.
+    """The mean of the sites' weights, each site weighted by its number of training images.
 
     McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1.
     The weights are what client.py reports as `NUM_STEPS_CURRENT_ROUND`; the arithmetic is NVFlare's own.
@@ -26,11 +28,15 @@ class OrderedMean(ModelAggregator):
         self.results = {}
 
     def accept_model(self, model: FLModel) -> None:
-        self.results[model.meta["client_name"]] = model
+        # FedOpt's controller does not write the name into the result, but it says who is speaking.
+        name = model.meta.get("client_name") or self.fl_ctx.get_peer_context().get_identity_name()
+        self.results[name] = model
 
     def aggregate_model(self) -> FLModel:
         names = sorted(self.results)
-        mean = BaseFedAvg.aggregate_fn([self.results[name] for name in names])
+        results = [self.results[name] for name in names]
+        mean = BaseFedAvg.aggregate_fn(results)
+        mean.metrics = mean_metrics([(result.metrics, result.meta.get(VAL_IMAGES, 0)) for result in results])
         # NVFlare records each site's own metrics only where an aggregator hands them on.
         mean.meta[AppConstants.METRICS_AGGREGATION_INFO]["sites"] = [
             {
@@ -41,3 +47,18 @@ class OrderedMean(ModelAggregator):
             for name in names
         ]
         return mean
+
+
+def mean_metrics(sites: list[tuple[dict | None, int]]) -> dict[str, float]:
+    """The mean of the sites' metrics of the model that they were given, as if their validation images were one set.
+
+    Args:
+        sites: for each site its metrics, and its number of validation images.
+
+    Returns:
+        Those metrics that all sites with validation images have; empty if no site has any.
+    """
+    sites = [(metrics or {}, images) for metrics, images in sites if images]
+    total = sum(images for _, images in sites)
+    common = set.intersection(*(set(metrics) for metrics, _ in sites)) if sites else set()
+    return {name: sum(metrics[name] * images for metrics, images in sites) / total for name in sorted(common)}

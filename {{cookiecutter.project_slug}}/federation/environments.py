@@ -1,10 +1,12 @@
 """Where a federation runs: NVFlare's simulator, on this machine. Start it, follow it, stop it, bring home."""
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -147,57 +149,81 @@ def read_rounds(workspace: Path) -> list[dict]:
 
 
 def bring_home(run: Path, num_rounds: int) -> dict:
-    """Gather what NVFlare left in its workspace: the metrics of every round and the final model.
+    """Gather what NVFlare left in its workspace: the metrics of every round, the final model and the best one.
 
     Args:
-        run: the run's folder. `final.pt`, a plain dict of tensors, is written into it.
+        run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it.
         num_rounds: how many there should be.
 
     Returns:
-        `rounds`, `test` and `model`, as results.json documents them.
+        `rounds`, `test`, `model`, `sha256` and `best`, as results.json documents them.
 
     Raises:
         RunFailed: something is missing.
     """
-    workspace = run / "workspace"
-    rounds = read_rounds(workspace)
+    server = run / "workspace" / SERVER
+    rounds = read_rounds(run / "workspace")
     if len(rounds) != num_rounds:
         raise RunFailed(f"only {len(rounds)} of {num_rounds} rounds were finished")
-    evaluation = workspace / SERVER / "cross_site_val" / "cross_val_results.json"
-    if not evaluation.exists():
+    if not (server / "evaluation.json").exists():
         raise RunFailed("no site evaluated the final model")
-    reports = {
-        site: models["SRV_FL_global_model.pt"]
-        for site, models in sorted(json.loads(evaluation.read_text(encoding="utf-8")).items(), key=_by_number)
-        if "SRV_FL_global_model.pt" in models
-    }
+    evaluation = json.loads((server / "evaluation.json").read_text(encoding="utf-8"))
+    final, best = evaluation["final"], evaluation["best"]
+    reports = dict(sorted(final["sites"].items(), key=_by_number))
     silent = {site["name"] for record in rounds for site in record["sites"]} - set(reports)
     if silent:
         raise RunFailed(f"{', '.join(sorted(silent))} did not evaluate the final model")
 
-    checkpoint = torch.load(workspace / SERVER / "app_server" / "FL_global_model.pt", weights_only=True)
-    torch.save({name: torch.as_tensor(value) for name, value in checkpoint["model"].items()}, run / "final.pt")
+    last = _take_model(server, "FL_global_model.pt", run / "final.pt")
+    if best["round"] == final["round"]:
+        shutil.copy(run / "final.pt", run / "best.pt")
+    else:
+        _take_model(server, "best_FL_global_model.pt", run / "best.pt")
     val_images = {site: report["val_images"] for site, report in reports.items()}
-    curve = []
+    curve = {}
     for record in rounds:  # NVFlare counts from 0 and records what the sites got: the model before the round
         metrics = {s["name"]: {m["name"]: m["value"] for m in s["metrics"]} for s in record["sites"]}
-        curve.append({site: metrics[site].get("val_acc") for site in reports})
-    curve.append({site: report.get("val_acc") for site, report in reports.items()})
+        curve[record["round"]] = {site: metrics[site].get("val_acc") for site in reports}
+    curve[final["round"]] = {site: report.get("val_acc") for site, report in reports.items()}
+    return {
+        "rounds": [{"round": k, "accuracy": _mean(sites, val_images), "sites": sites} for k, sites in curve.items()],
+        "test": _test(final["sites"]),
+        "model": "final.pt",
+        "sha256": fingerprint(last),
+        "best": {"round": best["round"], "model": "best.pt", "test": _test(best["sites"])},
+    }
+
+
+def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors in the order of their names: equal only where every bit of every weight is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _take_model(server: Path, name: str, to: Path) -> dict[str, torch.Tensor]:
+    """Copy a model out of NVFlare's checkpoint into a file of its own."""
+    weights = torch.load(server / "app_server" / name, weights_only=True)["model"]
+    model = {name: torch.as_tensor(value) for name, value in weights.items()}
+    torch.save(model, to)
+    return model
+
+
+def _test(reports: dict[str, dict]) -> dict:
+    """The test of one model: `accuracy` and `loss` over all sites' test images, `sites`, and the `worst` of them."""
     tests = {
         site: {"accuracy": report.get("test_acc"), "loss": report.get("test_loss"), "images": report["test_images"]}
-        for site, report in reports.items()
+        for site, report in sorted(reports.items(), key=_by_number)
     }
     tested = {site: test for site, test in tests.items() if test["images"]}
-    test_images = {site: test["images"] for site, test in tested.items()}
+    images = {site: test["images"] for site, test in tested.items()}
     return {
-        "rounds": [{"round": k, "accuracy": _mean(sites, val_images), "sites": sites} for k, sites in enumerate(curve)],
-        "test": {
-            "accuracy": _mean({site: test["accuracy"] for site, test in tested.items()}, test_images),
-            "loss": _mean({site: test["loss"] for site, test in tested.items()}, test_images),
-            "sites": tests,
-            "worst": min(tested, key=lambda site: tested[site]["accuracy"], default=None),
-        },
-        "model": "final.pt",
+        "accuracy": _mean({site: test["accuracy"] for site, test in tested.items()}, images),
+        "loss": _mean({site: test["loss"] for site, test in tested.items()}, images),
+        "sites": tests,
+        "worst": min(tested, key=lambda site: tested[site]["accuracy"], default=None),
     }
 
 

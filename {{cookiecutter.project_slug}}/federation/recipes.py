@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
-from nvflare.recipe.utils import add_final_global_evaluation
 
 from federation.aggregator import OrderedMean
+from federation.evaluation import FinalEvaluation
 from model import LitNet
 
 CLIENT_OPTIONS = (
@@ -48,11 +48,11 @@ def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
         train_script="client.py",
         train_args=client_arguments(options),
         aggregator=OrderedMean(),
-        key_metric="val_acc",
+        key_metric="",  # FinalEvaluation finds the best model, with the last one among the candidates
     )
     recipe.add_client_file(str(bundle))
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
-    add_final_global_evaluation(recipe)
+    recipe._job.to_server(FinalEvaluation(), id="final_evaluation")  # NVFlare's own recipe.utils add it so
     return recipe
 
 

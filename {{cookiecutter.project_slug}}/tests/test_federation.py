@@ -58,22 +58,30 @@ class TestAFinishedRun:
         assert held == {site: sum(counts.values()) for site, counts in partition["counts"].items()}
         assert sum(held.values()) == 1437
 
-    def test_keeps_a_model_that_scores_what_the_file_says(self, finished):
+    @pytest.mark.parametrize("which", ["final", "best"])
+    def test_keeps_models_that_score_what_the_file_says(self, finished, which):
         from data import SiteDataModule
         from model import LitNet
 
         made = {**OPTIONS, **{name: finished.result[name] for name in ("partition", "n_clients", "seed")}, "alpha": 1.0}
         classes = self.partition(finished)["classes"]
         model = LitNet(num_classes=len(classes))
-        model.load_state_dict(torch.load(self.folder(finished) / finished.result["model"], weights_only=True))
+        kept = finished.result if which == "final" else finished.result["best"]
+        assert kept["model"] == f"{which}.pt"
+        model.load_state_dict(torch.load(self.folder(finished) / kept["model"], weights_only=True))
         model.eval()
-        for site, test in finished.result["test"]["sites"].items():
+        for site, test in kept["test"]["sites"].items():
             data = SiteDataModule(site, classes, _Options(made))
             data.setup("test")
             with torch.inference_mode():
                 right = [int((model(x).argmax(dim=1) == labels).sum()) for x, labels in data.test_dataloader()]
             assert data.n_test == test["images"]
             assert sum(right) / data.n_test == pytest.approx(test["accuracy"])
+
+    def test_calls_that_model_the_best_which_validates_best(self, finished):
+        _, *trained = finished.result["rounds"]
+        best = max(trained, key=lambda entry: (entry["accuracy"], entry["round"]))
+        assert finished.result["best"]["round"] == best["round"]
 
     def test_names_the_worst_site(self, finished):
         test = finished.result["test"]
@@ -90,6 +98,7 @@ class TestAFinishedRun:
             "app/custom/data.py",
             "app/custom/federation/aggregator.py",
             "app/custom/federation/catalog.py",
+            "app/custom/federation/evaluation.py",
             "app/custom/federation/partition.py",
             "app/custom/federation/quick_start.py",
             "app/custom/initial.pt",

@@ -1,0 +1,163 @@
+"""The weighted mean, whatever the order of arrival; and which model is the best one."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
+from nvflare.app_common.abstract.model import make_model_learnable
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+
+from federation.aggregator import OrderedMean, mean_metrics
+from federation.evaluation import FinalEvaluation
+
+IMAGES = {"site-1": 288, "site-2": 575, "site-10": 31, "site-3": 7, "site-4": 1}
+
+
+def results(images=IMAGES) -> list[FLModel]:
+    """What each site sends: random weights whose sum depends on the order in the last bits."""
+    random = np.random.RandomState(0)
+    return [
+        FLModel(
+            params={"w": random.randn(40, 30).astype(np.float32), "b": random.randn(30).astype(np.float32)},
+            metrics={"val_acc": random.rand(), "val_loss": random.rand()},
+            meta={"client_name": site, MetaKey.NUM_STEPS_CURRENT_ROUND: n, "val_images": n // 4},
+        )
+        for site, n in images.items()
+    ]
+
+
+def mean_of(arriving: list[FLModel]) -> FLModel:
+    aggregator = OrderedMean()
+    for result in arriving:
+        aggregator.accept_model(result)
+    return aggregator.aggregate_model()
+
+
+def test_sites_count_by_their_training_images():
+    sites = results()
+    mean = mean_of(sites)
+    for name in ("w", "b"):
+        by_hand = np.average(
+            [site.params[name].astype(np.float64) for site in sites], axis=0, weights=[*IMAGES.values()]
+        )
+        np.testing.assert_allclose(mean.params[name], by_hand, rtol=1e-5, atol=1e-6)
+    unweighted = np.mean([site.params["w"] for site in sites], axis=0)
+    assert not np.allclose(mean.params["w"], unweighted, atol=1e-2)
+
+
+def test_the_order_of_arrival_changes_no_bit():
+    orders = list(itertools.permutations(results()))
+    means = {mean_of(order).params["w"].tobytes() for order in orders}
+    assert len(means) == 1
+    summed_as_they_come = {sum(site.params["w"] for site in order).tobytes() for order in orders}
+    assert len(summed_as_they_come) > 1  # these numbers do tell an order from another
+
+
+def test_a_round_forgets_the_one_before():
+    first, second = results(), results({"site-1": 5, "site-2": 6})
+    aggregator = OrderedMean()
+    for result in first:
+        aggregator.accept_model(result)
+    aggregator.reset_stats()
+    for result in second:
+        aggregator.accept_model(result)
+    np.testing.assert_array_equal(aggregator.aggregate_model().params["w"], mean_of(second).params["w"])
+
+
+def test_metrics_count_by_validation_images():
+    sites = results()
+    weights = [n // 4 for n in IMAGES.values()]
+    by_hand = np.average([site.metrics["val_acc"] for site in sites], weights=weights)
+    assert mean_of(sites).metrics["val_acc"] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("sites", "mean"),
+    [
+        ([({"val_acc": 0.5}, 10), ({"val_acc": 1.0}, 30)], {"val_acc": 0.875}),
+        ([({"val_acc": 0.5}, 10), ({}, 0), (None, 0)], {"val_acc": 0.5}),
+        ([({"val_acc": 0.5, "other": 1.0}, 10), ({"val_acc": 0.5}, 10)], {"val_acc": 0.5}),
+        ([({"val_acc": 0.5}, 0)], {}),
+        ([(None, 10)], {}),
+        ([], {}),
+    ],
+    ids=["weighted", "a site without images", "a metric of one site", "no images", "no metrics", "no sites"],
+)
+def test_the_mean_of_metrics(sites, mean):
+    assert mean_metrics(sites) == mean
+
+
+def test_the_record_of_a_round_names_the_sites_in_order():
+    sites = mean_of(results()).meta[AppConstants.METRICS_AGGREGATION_INFO]["sites"]
+    assert [site["name"] for site in sites] == sorted(IMAGES)
+    assert [site["weight"] for site in sites] == [IMAGES[name] for name in sorted(IMAGES)]
+
+
+def evaluate(tmp_path, rounds: list[float], final: float, first_round: int = 0) -> tuple[dict, list]:
+    """Play a run: the validation accuracy that each round began with, and that of the final model.
+
+    Returns evaluation.json, and the models that the sites were given, each a number: how many aggregations made it.
+    """
+    context, asked, kept = FLContext(), [], {}
+    accuracies = dict(enumerate([*rounds, final], start=first_round))
+    evaluation = FinalEvaluation()
+    evaluation.fl_ctx, evaluation.get_run_dir = context, lambda: tmp_path
+
+    def persist(name, model):
+        kept[name] = model
+
+    evaluation.persistor = SimpleNamespace(
+        save=lambda model, _: persist("FL_global_model.pt", model), get=lambda name, _: kept[name]
+    )
+
+    def best_model_available(event, fl_ctx):
+        assert event == AppEventType.GLOBAL_BEST_MODEL_AVAILABLE
+        persist("best_FL_global_model.pt", fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+
+    def ask_the_sites(task_name, data):
+        number = data.params["made of"]
+        asked.append(number)
+        metrics = {"val_acc": accuracies[number], "val_images": 5}
+        return [FLModel(metrics=metrics, meta={"client_name": name}) for name in ("site-2", "site-1")]
+
+    evaluation.fire_event, evaluation.send_model_and_wait = best_model_available, ask_the_sites
+    for number in range(first_round, first_round + len(rounds)):
+        model = make_model_learnable({"made of": number}, {})
+        context.set_prop(AppConstants.GLOBAL_MODEL, model, private=True, sticky=True)
+        context.set_prop(AppConstants.CURRENT_ROUND, number, private=True, sticky=True)
+        result = FLModel(params={"w": 0}, metrics={"val_acc": accuracies[number]})
+        context.set_prop(AppConstants.AGGREGATION_RESULT, result, private=True, sticky=False)
+        evaluation.handle_event(AppEventType.AFTER_AGGREGATION, context)
+    last = make_model_learnable({"made of": first_round + len(rounds)}, {})
+    context.set_prop(AppConstants.GLOBAL_MODEL, last, private=True, sticky=True)
+    evaluation.run()
+    assert kept["FL_global_model.pt"] is last
+    return json.loads((tmp_path / "evaluation.json").read_text()), asked
+
+
+BEST = {
+    "the last": ([0.1, 0.5, 0.6], 0.7, 3, [3]),
+    "an earlier one": ([0.1, 0.9, 0.6], 0.7, 1, [3, 1]),
+    "the later of equals": ([0.1, 0.9, 0.9], 0.7, 2, [3, 2]),
+    "the last of equals": ([0.1, 0.7, 0.6], 0.7, 3, [3]),
+    "never the untrained one": ([0.9, 0.2, 0.3], 0.1, 2, [3, 2]),
+    "the only one": ([0.9], 0.1, 1, [1]),
+}
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_the_best_model_is(tmp_path, case):
+    rounds, final, best, asked = BEST[case]
+    report, evaluated = evaluate(tmp_path, rounds, final)
+    assert (report["final"]["round"], report["best"]["round"]) == (len(rounds), best)
+    assert evaluated == asked  # the sites test the best model only where it is not the last one
+
+
+def test_a_run_that_goes_on_begins_with_a_trained_model(tmp_path):
+    report, evaluated = evaluate(tmp_path, [0.8, 0.4], 0.6, first_round=2)
+    assert (report["final"]["round"], report["best"]["round"], evaluated) == (4, 2, [4, 2])
