@@ -29,6 +29,7 @@ FILES = """
     federation/partition.py
     federation/quick_start.py
     federation/recipes.py
+    federation/workers.py
     job.py
     model.py
     prepare_data.sh

@@ -12,7 +12,10 @@ import settings
 PROJECT = Path(__file__).resolve().parent.parent
 DATASETS = ("cifar10", "fashion_mnist", "bloodmnist", "digits", "image_folder")
 PARTITIONS = ("iid", "dirichlet", "shards", "none")
-MINIMUM = {"n_clients": 1, "num_rounds": 1, "local_epochs": 1, "batch_size": 1, "shards_per_site": 1, "image_size": 16}
+MINIMUM = {
+    **dict.fromkeys(("n_clients", "n_threads", "num_rounds", "local_epochs", "batch_size", "shards_per_site"), 1),
+    "image_size": 16,
+}
 
 
 class UsageError(Exception):
@@ -48,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--shards_per_site", type=int, default=settings.SHARDS_PER_SITE, help="of shards [%(default)s]")
     add("--seed", type=int, default=settings.SEED, help="of weights, partition and shuffling [%(default)s]")
     add("--gpu", action=argparse.BooleanOptionalAction, default=settings.USE_GPU, help="use NVIDIA GPUs, if any")
+    add("--n_threads", type=int, help="sites that run at the same time [as many as the free memory allows]")
     add("--name", help="the run's folder is runs/NAME [date and time]")
     add("--verbose", action="store_true", help="show NVFlare's own log")
     add("--prepare_only", action="store_true", help="get the data ready and stop")
@@ -63,7 +67,7 @@ def validate(options: argparse.Namespace) -> None:
         UsageError: the first fault found.
     """
     for name, minimum in MINIMUM.items():
-        if getattr(options, name) < minimum:
+        if getattr(options, name) is not None and getattr(options, name) < minimum:
             raise UsageError(f"--{name} is {getattr(options, name)}: it must be {minimum} or more")
     for name in ("alpha", "learning_rate"):
         if not 0 < getattr(options, name) < float("inf"):

@@ -16,8 +16,12 @@ import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
+from federation.evaluation import FILE as EVALUATION
+from federation.workers import forked_clients
+
 PROJECT = Path(__file__).resolve().parent.parent
-CLIENT_MEMORY = 1.2e9  # bytes for one client process: 0.9 to 1.1 GB were seen with a CUDA build of PyTorch
+FORKS = sys.platform == "linux"  # elsewhere a fork is not safe, nor is one that goes on to use CUDA
+FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes for one client process: 0.2 and 1.1 GB were seen, with LitNet
 POLL_S = 0.2
 SERVER = Path("server", "simulate_job")  # within the workspace
 
@@ -26,9 +30,10 @@ class RunFailed(Exception):
     """The federation did not end well. The message says which site and why, the root cause first."""
 
 
-def simultaneous_clients(n_clients: int) -> int:
+def simultaneous_clients(n_clients: int, forked: bool) -> int:
     """How many client processes fit into the memory that is free; the others wait for their turn."""
-    return max(1, min(n_clients, int(psutil.virtual_memory().available / CLIENT_MEMORY)))
+    memory = FORKED_MEMORY if forked else STARTED_MEMORY
+    return max(1, min(n_clients, int(psutil.virtual_memory().available / memory)))
 
 
 def threads_per_client(n_simultaneous: int) -> int:
@@ -43,7 +48,7 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
     Args:
         job: the folder of the exported job.
         run: the run's folder; its path has no white space.
-        options: the command line's; `n_clients` and `gpu` are used.
+        options: the command line's; `n_clients`, `n_threads` and `gpu` are used.
         follow: called a few times a second with what the log has got since, and the records of all rounds so far.
 
     Raises:
@@ -51,15 +56,18 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
         KeyboardInterrupt: passed on, once no process is left.
     """
     workspace, log = run / "workspace", run / "log.txt"
-    threads = simultaneous_clients(options.n_clients)
-    os.environ["OMP_NUM_THREADS"] = str(threads_per_client(threads))  # the clients inherit it
     gpus = None
     if options.gpu and torch.cuda.is_available():
         gpus = ",".join(str(i) for i in range(min(torch.cuda.device_count(), options.n_clients)))
-    # A fork starts with all imports done, but only Linux forks safely.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    forked = FORKS and not gpus
+    at_once = min(options.n_threads or simultaneous_clients(options.n_clients, forked), options.n_clients)
+    if at_once < options.n_clients:
+        why = "--n_threads asks for" if options.n_threads else "the free memory allows"
+        print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each starts anew for each of its tasks")
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_client(at_once))  # the clients inherit it
+    context = multiprocessing.get_context("fork" if FORKS else "spawn")
     simulator = context.Process(
-        target=_run_simulator, args=(str(job), str(workspace), str(log), options.n_clients, threads, gpus)
+        target=_run_simulator, args=(str(job), str(workspace), str(log), options.n_clients, at_once, gpus, forked)
     )
     log.touch()
     try:
@@ -70,6 +78,8 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
                 follow(lines.read(), read_rounds(workspace))
                 if died := _dead_client(workspace):
                     raise RunFailed(_root_cause(workspace) or f"{died} died: its process is gone")
+                if _has_finished(workspace):
+                    return
                 if not running:
                     break
                 simulator.join(POLL_S)
@@ -79,28 +89,34 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
         raise RunFailed(_root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
 
 
-def _run_simulator(job: str, workspace: str, log: str, n_clients: int, threads: int, gpus: str | None) -> None:
+def _run_simulator(
+    job: str, workspace: str, log: str, n_clients: int, at_once: int, gpus: str | None, forked: bool
+) -> None:
     """The body of the simulator's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # job.py ends the whole family
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(log, "ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    if sys.platform == "linux":
+    if FORKS:
         multiprocessing.set_start_method("fork", force=True)
-    # NVFlare hands sys.path on to the clients: without the project's folder they see the job's files alone, as real
-    # sites do.
+    # Without the project's folder and modules, server and clients see the job's files alone, as real sites do.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != PROJECT]
+    for name, module in list(sys.modules.items()):
+        own = Path(getattr(module, "__file__", None) or "/").parent in (PROJECT, PROJECT / "federation")
+        if own or name == "federation":
+            del sys.modules[name]
     simulator = SimulatorRunner(
         job_folder=job,
         workspace=workspace,
         n_clients=n_clients,
-        threads=threads,
+        threads=at_once,
         gpu=gpus,
         log_config="concise",
         max_clients=n_clients,
     )
-    sys.exit(simulator.run())
+    with forked_clients() if forked else contextlib.nullcontext():
+        sys.exit(simulator.run())
 
 
 def _end_family() -> None:
@@ -115,6 +131,16 @@ def _end_family() -> None:
     psutil.wait_procs(family, timeout=3)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def _has_finished(workspace: Path) -> bool:
+    """All results are written. What NVFlare's simulator does after that is to wait, for some 4 seconds."""
+    log = workspace / "server" / "log.txt"
+    if not (workspace / SERVER / EVALUATION).exists():
+        return False
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 4096))
+        return b"Server app stopped" in stream.read()
 
 
 def _dead_client(workspace: Path) -> str | None:
@@ -165,9 +191,9 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     rounds = read_rounds(run / "workspace")
     if len(rounds) != num_rounds:
         raise RunFailed(f"only {len(rounds)} of {num_rounds} rounds were finished")
-    if not (server / "evaluation.json").exists():
+    if not (server / EVALUATION).exists():
         raise RunFailed("no site evaluated the final model")
-    evaluation = json.loads((server / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((server / EVALUATION).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
     reports = dict(sorted(final["sites"].items(), key=_by_number))
     silent = {site["name"] for record in rounds for site in record["sites"]} - set(reports)

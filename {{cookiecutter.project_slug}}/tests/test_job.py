@@ -12,6 +12,7 @@ from job import main
 
 BAD_FLAGS = {
     "no client": (["--n_clients", "0"], "--n_clients is 0: it must be 1 or more"),
+    "no site at a time": (["--n_threads", "0"], "--n_threads is 0: it must be 1 or more"),
     "no round": (["--num_rounds", "0"], "--num_rounds is 0: it must be 1 or more"),
     "no image in a batch": (["--batch_size", "0"], "--batch_size is 0: it must be 1 or more"),
     "no epoch": (["--local_epochs", "-1"], "--local_epochs is -1: it must be 1 or more"),
@@ -117,11 +118,12 @@ def test_help_lists_every_flag_with_its_default(project):
 def test_nothing_heavy_is_imported_to_answer(project, flags):
     heavy = "{'torch', 'numpy', 'nvflare', 'pytorch_lightning', 'rich', 'sklearn'}"
     program = (
-        "import atexit, runpy, sys\n"
-        f"atexit.register(lambda: print('heavy:', sorted({heavy} & set(sys.modules))))\n"
+        "import contextlib, sys\n"
+        "import job\n"
         f"sys.argv = ['job.py', *{flags!r}]\n"
-        "sys.path.insert(0, '.')\n"
-        "runpy.run_path('job.py', run_name='__main__')\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    job.main()\n"
+        f"print('heavy:', sorted({heavy} & set(sys.modules)))\n"
     )
     assert "heavy: []" in project.run("-c", program).stdout
 
