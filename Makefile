@@ -20,10 +20,10 @@ test-all: .venv/ready  ## all tests: faults, more federations, real environments
 lint: .venv/ready  ## ruff on everything where it stands
 	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
 
-bench: .venv/ready  ## measure the speed, an hour; BENCH="--data DIR" takes your images, --full the textbook way whole
+bench: .venv/ready  ## measure the speed beside a plain loop and the textbook way; BENCH="--data DIR" takes your images
 	$(BIN)/python benchmarks/speed.py $(BENCH)
 
-bench-quick: .venv/ready  ## the same on few images, 4 minutes: shows that the benchmark works
+bench-quick: .venv/ready  ## the same on few images: shows that the benchmark works, no more
 	$(BIN)/python benchmarks/speed.py --quick $(BENCH)
 
 .venv/ready: requirements-dev.txt {{cookiecutter.project_slug}}/requirements.txt

@@ -94,7 +94,7 @@ def figures(parts: dict) -> list[dict]:
         if long["uss_late"]:
             add(f"its growth over {long['rounds']} rounds", [(long["uss_late"] - long["uss_early"]) / MB], 5, "MB")
         if long["uss"] and small["uss"]:
-            more = f"its growth from {small['n_train']} to {long['n_train']} training images"
+            more = f"its growth from {small['n_train']:,} to {long['n_train']:,} training images"
             add(more, [(long["uss"] - small["uss"]) / MB], 5, "MB")
     if clients := parts.get("clients"):
         counts, beyond = beyond_limit(clients)
@@ -161,9 +161,10 @@ def markdown(results: dict) -> str:
         value = f"{row['median']:.{digits}f}"
         if row["n"] > 1:
             value += f" ({row['min']:.{digits}f} to {row['max']:.{digits}f})"
-        target = "" if row["target"] is None else f"{row['target']:g} or {'more' if row['at_least'] else 'less'}"
+        target = "" if row["target"] is None else f"{row['target']:g} {row['unit']}".strip()
+        target += (" or more" if row["at_least"] else " or less") if target else ""
         verdict = {True: "met", False: "missed", None: ""}[row.get("met")]
-        rows.append([row["figure"], f"{value} {row['unit']}".strip(), f"{target} {row['unit']}".strip(), verdict])
+        rows.append([row["figure"], f"{value} {row['unit']}".strip(), target, verdict])
     text += table(["figure", "measured", "target", ""], rows)
     if clients := parts.get("clients"):
         text += "\n## More clients, the same images in all\n\n"
@@ -194,7 +195,7 @@ def plot(results: dict, path: Path) -> None:
     panels = [(name, results["parts"][name]) for name in ("speed", "textbook") if name in results["parts"]]
     if not panels:
         return
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, 0.9 + 1.4 * len(panels)), squeeze=False)
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 0.9 + 1.4 * len(panels)), squeeze=False)
     for axis, (_, part) in zip(axes[:, 0], panels, strict=True):
         kinds = [what for what in NAMES if of(part, what)][::-1]
         ones = [typical(part["runs"], what) for what in kinds]
@@ -213,7 +214,7 @@ def plot(results: dict, path: Path) -> None:
         axis.set_title(f"2 clients, each {part['runs'][0]['n_train']:,} training images", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("seconds")
-    axes[0, 0].legend(frameon=False, fontsize=9, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper right", ncols=3)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
