@@ -79,7 +79,7 @@ class Benchmark:
             sites = [timeline.read_turns(log.read_text(encoding="utf-8")) for log in logs]
             test = json.loads((folder / "runs" / "run" / "results.json").read_text(encoding="utf-8"))["test"]
         n_images = sum(1 for _ in (images / "train").glob("*/*")) // (1 if partition == "none" else n_clients)
-        n_train = n_images - n_images // 5
+        n_train = n_images - round(n_images / 5)  # a fifth is for validation
         record = {
             **{"what": what, "n_clients": n_clients, "n_train": n_train, "seed": seed, "load_before": round(load, 2)},
             "wall_s": end - start,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tables
 import timeline
+import workload
 from conftest import TEMPLATE
 
 LOG = """\
@@ -94,6 +95,46 @@ def test_a_ratio_is_taken_of_neighbours_and_judged_by_its_median():
     assert (whole["min"], whole["median"], whole["max"], whole["n"]) == (1.5, 2.25, 3.0, 2)
     assert not whole["met"]
     assert by_name["job.py, help"]["met"]
+
+
+def test_generated_images_are_the_same_each_time(tmp_path):
+    one, other = (workload.generate(tmp_path / name, {"train": 2, "test": 1}) for name in ("one", "other"))
+    files = [path.relative_to(one) for path in sorted(one.rglob("*.png"))]
+    assert len(files) == 10 * (2 + 1)
+    assert [(one / name).read_bytes() for name in files] == [(other / name).read_bytes() for name in files]
+    assert len({(one / name).read_bytes() for name in files}) == len(files)
+
+
+def test_a_part_has_the_same_share_of_each_class(tmp_path):
+    whole = workload.generate(tmp_path / "whole", {"train": 4, "test": 2})
+    part = workload.take_part(whole, tmp_path / "part", 2)
+    assert {len(list(one.iterdir())) for one in (part / "train").iterdir()} == {2}
+    assert len(list((part / "test").glob("*/*.png"))) == 10
+
+
+SAME_IMAGES = """
+import argparse, torch, data, images
+options = argparse.Namespace(
+    dataset="image_folder", image_size=32, batch_size=7, n_clients=2, seed=0,
+    partition="none", alpha=1, shards_per_site=2,
+)
+classes = data.describe(options).classes
+textbook, project = (module.SiteDataModule("site-1", classes, options) for module in (data, images))
+for module in (textbook, project):
+    module.setup()
+for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+    (x, labels), (y, expected) = (map(torch.cat, zip(*getattr(m, name)())) for m in (textbook, project))
+    assert torch.allclose(x, y, atol=1e-6) and torch.equal(labels, expected), name
+assert len(textbook.train_dataloader()) == len(project.train_dataloader())
+"""
+
+
+@pytest.mark.slow
+def test_the_textbook_way_sees_the_same_images(tmp_path):
+    data = workload.generate(tmp_path / "data", {"train": 10, "test": 2})
+    programs = workload.Programs(tmp_path, batch_size=7, learning_rate=0.01)
+    environment = programs.environment | {"FL_DATA_ROOT": str(data)}
+    subprocess.run([sys.executable, "-c", SAME_IMAGES], cwd=programs.textbook, env=environment, check=True)
 
 
 @pytest.mark.slow
