@@ -109,6 +109,14 @@ def beyond_limit(clients: dict) -> tuple[list[int], list[float]]:
     return counts, [a - b for a, b in zip(of(clients, "project"), of(clients, "limit"), strict=True)]
 
 
+def by_size(parts: dict) -> list[list[dict]]:
+    """The runs of all three ways that did the same work together: on all images, and on a part of them."""
+    all_images, few = (list(parts[name]["runs"]) if name in parts else [] for name in ("speed", "textbook"))
+    if few and parts["textbook"]["full"]:
+        all_images.append(parts["textbook"]["full"])
+    return [runs for runs in (all_images, few) if runs]
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -147,13 +155,12 @@ def markdown(results: dict) -> str:
     text += " (what runs beside makes the figures noisy).\n" if max(loads) > machine["cores"] else ".\n"
     if work["quick"]:
         text += "\n**A quick run: it shows that the benchmark works; its figures say nothing.**\n"
-    for name in ("speed", "textbook"):
-        if part := parts.get(name):
-            run = part["runs"][0]
-            text += f"\n## {run['n_clients']} clients, each {run['n_train']:,} training images"
-            text += f" ({run['steps']:,} steps of {work['batch_size']}), {run['rounds']} rounds\n\n"
-            text += costs_table(part["runs"] + ([part["full"]] if part.get("full") else []))
-            text += "\nwhole = start and end + rounds x (a round + steps x a step). Medians; smallest to largest.\n"
+    for runs in by_size(parts):
+        one = runs[0]
+        text += f"\n## {one['n_clients']} clients, each {one['n_train']:,} training images"
+        text += f" ({one['steps']:,} steps of {work['batch_size']}), {one['rounds']} rounds\n\n"
+        text += costs_table(runs)
+        text += "\nwhole = start and end + rounds x (a round + steps x a step). Medians; smallest to largest.\n"
     text += "\n## Against the targets\n\n"
     rows = []
     for row in results["figures"]:
@@ -192,13 +199,13 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(name, results["parts"][name]) for name in ("speed", "textbook") if name in results["parts"]]
+    panels = by_size(results["parts"])
     if not panels:
         return
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 0.9 + 1.4 * len(panels)), squeeze=False)
-    for axis, (_, part) in zip(axes[:, 0], panels, strict=True):
-        kinds = [what for what in NAMES if of(part, what)][::-1]
-        ones = [typical(part["runs"], what) for what in kinds]
+    for axis, runs in zip(axes[:, 0], panels, strict=True):
+        kinds = [what for what in NAMES if any(run["what"] == what for run in runs)][::-1]
+        ones = [typical(runs, what) for what in kinds]
         left = [0.0] * len(kinds)
         for label, colour, value in (
             ("start and end", "#9aa5b1", lambda one: one["start_s"]),
@@ -211,7 +218,7 @@ def plot(results: dict, path: Path) -> None:
         for row, total in enumerate(left):
             axis.text(total, row, f" {total:.0f} s", va="center")
         axis.set_xlim(0, 1.12 * max(left))
-        axis.set_title(f"2 clients, each {part['runs'][0]['n_train']:,} training images", loc="left", fontsize=10)
+        axis.set_title(f"2 clients, each {runs[0]['n_train']:,} training images", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("seconds")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper right", ncols=3)

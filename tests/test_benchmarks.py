@@ -97,6 +97,17 @@ def test_a_ratio_is_taken_of_neighbours_and_judged_by_its_median():
     assert by_name["job.py, help"]["met"]
 
 
+def test_runs_are_put_together_with_runs_of_the_same_size():
+    run = {"limit": {"n_train": 9}, "few": {"n_train": 3}, "full": {"n_train": 9}}
+    few = {"runs": [run["few"]], "full": run["full"]}
+    assert tables.by_size({"speed": {"runs": [run["limit"]]}, "textbook": few}) == [
+        [run["limit"], run["full"]],
+        [run["few"]],
+    ]
+    assert tables.by_size({"textbook": {**few, "full": None}}) == [[run["few"]]]
+    assert tables.by_size({}) == []
+
+
 def test_generated_images_are_the_same_each_time(tmp_path):
     one, other = (workload.generate(tmp_path / name, {"train": 2, "test": 1}) for name in ("one", "other"))
     files = [path.relative_to(one) for path in sorted(one.rglob("*.png"))]
