@@ -20,6 +20,12 @@ test-all: .venv/ready  ## all tests: faults, more federations, real environments
 lint: .venv/ready  ## ruff on everything where it stands
 	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
 
+bench: .venv/ready  ## measure the speed beside a plain loop and the textbook way; BENCH="--data DIR" takes your images
+	$(BIN)/python benchmarks/speed.py $(BENCH)
+
+bench-quick: .venv/ready  ## the same on few images: shows that the benchmark works, no more
+	$(BIN)/python benchmarks/speed.py --quick $(BENCH)
+
 .venv/ready: requirements-dev.txt {{cookiecutter.project_slug}}/requirements.txt
 	$(PYTHON) -m venv .venv
 	if $(PYTHON) hooks/post_gen_project.py wants-cpu-wheels; then \
@@ -30,4 +36,4 @@ lint: .venv/ready  ## ruff on everything where it stands
 clean:  ## remove what was built here
 	rm -rf build .venv
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint bench bench-quick clean

@@ -1,0 +1,103 @@
+"""Start a program and look at it from outside: wall time, and the memory of its processes."""
+
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+SAMPLE_S = 2.0  # between two looks at the memory: each costs the program some 10 ms a process
+
+
+class ProgramFailed(Exception):
+    """The program did not end with the expected code."""
+
+
+def run(command: list[str], folder: Path, environment: dict | None = None, code: int = 0, look: Callable | None = None):
+    """Run a program to its end. Returns (start, end) in seconds since 1970.
+
+    Args:
+        code: the exit code that it must end with.
+        look: called every SAMPLE_S seconds with its psutil.Process.
+
+    Raises:
+        ProgramFailed: with the end of its output.
+    """
+    start = time.time()
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        over = threading.Event()
+
+        def watch() -> None:
+            while look and not over.wait(SAMPLE_S):
+                look(psutil.Process(process.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            output, _ = process.communicate()
+            end = time.time()
+        except BaseException:
+            process.terminate()  # job.py ends its family
+            raise
+        finally:
+            over.set()
+            watcher.join()
+    if process.returncode != code:
+        raise ProgramFailed(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-3000:]}")
+    return start, end
+
+
+class Memory:
+    """Looks at the memory of a program's family. `samples`: (time, {process: USS in bytes}, PSS of all in bytes).
+
+    USS is what only this process holds; PSS counts what is shared by its share. Linux has PSS; elsewhere USS stands in.
+    """
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, dict[int, int], int]] = []
+
+    def __call__(self, process: psutil.Process) -> None:
+        own, total = {}, 0
+        try:
+            for one in [process, *process.children(recursive=True)]:
+                memory = one.memory_full_info()
+                own[one.pid] = memory.uss
+                total += getattr(memory, "pss", memory.uss)
+        except psutil.Error:
+            return  # one has just ended: the next look will do
+        self.samples.append((time.time(), own, total))
+
+
+def idle_uss(python: str, code: str, folder: Path) -> int:
+    """The USS in bytes of a Python process once it has run `code`."""
+    command = [python, "-c", f"{code}\nprint('ready', flush=True)\ninput()"]
+    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            return psutil.Process(process.pid).memory_full_info().uss
+        finally:
+            process.communicate(b"\n")
+
+
+def describe_machine() -> dict:
+    """Processor, cores, memory, system, and the versions that matter."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    packages = ("torch", "lightning", "nvflare", "torchmetrics", "numpy")
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }

@@ -1,0 +1,171 @@
+"""The limit: federated averaging as a plain PyTorch loop, without Lightning and NVFlare. speed.py runs it.
+
+The same network, images, steps and evaluations as the project's client.py, in as many processes as there are clients,
+with the cores shared out. The clients' weights lie in memory that all of them see: to average costs a barrier. What
+any federation adds to this is overhead.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._dynamo  # a process's first optimizer imports it, for a second: not within `fit`, and once for all
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+EVALUATION_BATCH, VALIDATION_SHARE, MOMENTUM = 500, 0.2, 0.9  # as in the project
+
+
+def import_project(folder: str):
+    """The project's network, and how it deals images; Lightning, which model.py needs for LitNet, stays out."""
+    absent = ("pytorch_lightning", "torchmetrics")
+    for name in absent:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__getattr__ = lambda attribute: nn.Module
+    sys.path.insert(0, folder)
+    from federation import partition
+    from model import Net
+
+    for name in absent:
+        del sys.modules[name]
+    return Net, partition
+
+
+def batches(images: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int):
+    for first in range(0, len(order), size):
+        chosen = order[first : first + size]
+        yield torch.from_numpy(images[chosen]).float().mul_(1 / 127.5).sub_(1), torch.from_numpy(labels[chosen])
+
+
+@torch.inference_mode()
+def evaluate(net: nn.Module, loader) -> dict[str, float]:
+    """Accuracy, and loss as the mean over the images."""
+    right = n_images = loss = 0
+    for x, y in loader:
+        outputs = net(x)
+        loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
+        right += int((outputs.argmax(1) == y).sum())
+        n_images += len(y)
+    return {"accuracy": right / n_images, "loss": loss / n_images, "images": n_images}
+
+
+def train(net: nn.Module, loader, learning_rate: float) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=MOMENTUM, fused=True)
+    criterion = nn.CrossEntropyLoss()
+    for x, y in loader:
+        optimizer.zero_grad()
+        criterion(net(x), y).backward()
+        optimizer.step()
+
+
+def client(site: int, reports, barrier, *arguments) -> None:
+    """Run a site. One that fails wakes the others, and so the whole program ends."""
+    try:
+        reports.put((site, *run_site(site, barrier, *arguments)))
+    except BaseException:
+        barrier.abort()
+        raise
+
+
+def run_site(site: int, barrier, parts: dict, options, net: nn.Module, weights: torch.Tensor, shares: torch.Tensor):
+    """All rounds of a site. Returns its turns and the test of the final model.
+
+    Args:
+        parts: for `train`, `val` and `test` (images, labels, indices).
+        weights: (clients, parameters), shared memory: each client writes its own row, all read all.
+        shares: (clients,), of all training images.
+    """
+    torch.set_num_threads(options.threads)
+    net = copy.deepcopy(net)  # where processes are not forked, its tensors are shared
+    turns = []
+
+    def turn(name: str) -> None:
+        turns.append((time.time(), name))
+
+    def evaluation(part: str):
+        return batches(*parts[part], EVALUATION_BATCH)
+
+    for number in range(options.rounds):
+        turn("validate")
+        evaluate(net, evaluation("val"))
+        turn("train")
+        images, labels, indices = parts["train"]
+        order = np.random.default_rng((options.seed, site, number)).permutation(indices)
+        train(net, batches(images, labels, order, options.batch_size), options.learning_rate)
+        turn("test")
+        evaluate(net, evaluation("test"))
+        turn("predict")
+        with torch.inference_mode():
+            for x, _ in evaluation("test"):
+                net(x)
+        turn("predicted")
+        with torch.no_grad():
+            weights[site] = parameters_to_vector(net.parameters())
+            barrier.wait()
+            mean = shares @ weights
+            barrier.wait()  # nobody writes before all have read
+            vector_to_parameters(mean, net.parameters())
+    turn("evaluate")
+    evaluate(net, evaluation("val"))
+    return turns, evaluate(net, evaluation("test"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--project", required=True, help="folder of a rendered project")
+    parser.add_argument("--store", required=True, type=Path, help="its converted images")
+    parser.add_argument("--output", required=True, type=Path, help="file for turns and accuracy")
+    for name in ("n_clients", "rounds", "batch_size", "seed"):
+        parser.add_argument(f"--{name}", required=True, type=int)
+    parser.add_argument("--learning_rate", required=True, type=float)
+    parser.add_argument("--partition", required=True)
+    options = parser.parse_args()
+    n_clients = options.n_clients
+    options.threads = max(1, (os.cpu_count() or 1) // n_clients)
+
+    Net, partition = import_project(options.project)
+    split = {}
+    for name in ("train", "test"):
+        images = np.asarray(np.load(options.store / f"{name}-images.npy", mmap_mode="r"))
+        labels = np.load(options.store / f"{name}-labels.npy")
+        split[name] = images, labels, partition.deal(labels, n_clients, options.partition, options.seed)
+    parts = []
+    for own, tested in zip(split["train"][2], split["test"][2], strict=True):
+        kept, held_out = partition.hold_out(own, VALIDATION_SHARE, options.seed)
+        train_data, test_data = split["train"][:2], split["test"][:2]
+        parts.append({"train": (*train_data, kept), "val": (*train_data, held_out), "test": (*test_data, tested)})
+
+    torch.manual_seed(options.seed)
+    net = Net(len((options.store / "classes.txt").read_text(encoding="utf-8").splitlines()))
+    weights = parameters_to_vector(net.parameters()).detach().repeat(n_clients, 1).share_memory_()
+    n_images = torch.tensor([len(part["train"][2]) for part in parts], dtype=torch.float32)
+    # A fork starts with all imports done, but only Linux forks safely.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    barrier, reports = context.Barrier(n_clients), context.Queue()
+    shared = (options, net, weights, n_images / n_images.sum())
+    sites = [context.Process(target=client, args=(i, reports, barrier, parts[i], *shared)) for i in range(n_clients)]
+    for process in sites:
+        process.start()
+    for process in sites:
+        process.join()  # before the reports are taken: they are small enough to wait in the pipe
+    if any(process.exitcode for process in sites):
+        sys.exit("plain.py: a client failed, see above")
+    results = sorted(reports.get() for _ in sites)
+    tests = [test for _, _, test in results]
+    tested = sum(test["images"] for test in tests)
+    report = {"turns": [turns for _, turns, _ in results]}
+    for name in ("accuracy", "loss"):
+        report[name] = sum(test[name] * test["images"] for test in tests) / tested
+    options.output.write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

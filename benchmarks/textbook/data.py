@@ -1,0 +1,48 @@
+"""The textbook way to load images, in place of the project's data.py, which lies beside this file as images.py.
+
+As in torchvision's examples and NVFlare's hello-lightning: a dataset that transforms image by image, DataLoaders with
+two workers, the training batch size for evaluation too, and as many threads as PyTorch takes by itself.
+"""
+
+import os
+
+import images
+import torch
+from images import DataError, Holdings, describe, pooled, prepare  # noqa: F401 (what the other programs use)
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+torch.set_num_threads(os.cpu_count() or 1)  # PyTorch's default, which the project's job.py lowers
+TRANSFORM = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+
+
+class Images(Dataset):
+    """Arrays in memory, an image at a time, like torchvision.datasets.CIFAR10."""
+
+    def __init__(self, part: images.Part):
+        self.pixels = part.images[part.indices].transpose(0, 2, 3, 1)
+        self.labels = part.labels[part.indices]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return TRANSFORM(Image.fromarray(self.pixels[index])), int(self.labels[index])
+
+
+class SiteDataModule(images.SiteDataModule):
+    def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
+        return DataLoader(Images(self.parts[part]), self.options.batch_size, shuffle, num_workers=2)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader("test")

@@ -1,0 +1,124 @@
+"""From a run's logs to its times. Pure: text and numbers in, numbers out.
+
+A site's log has a line at each turn of client.py's loop; plain.py notes the same turns. A *round* is what lies between
+two such turns of one site: from "validate" to the next "validate", or, after the last round, to the final evaluation.
+So the costs add up to the wall without rest:
+
+    wall = start + rounds * (round + steps * step)
+
+- `start_s`: all before the first round and after the last: imports, the simulator, the final evaluation, the end.
+- `round_s`: a round but for its training: validate, test, predict, messages, aggregation, waiting.
+- `step_s`: a training step: the time inside `fit` over its number of steps.
+"""
+
+import re
+from datetime import datetime
+from itertools import pairwise
+from statistics import mean
+
+TURNS = {
+    "--- validate global model ---": "validate",
+    "--- train new model ---": "train",
+    "--- test new model ---": "test",
+    "--- prediction with new model ---": "predict",
+    "--- evaluate global model ---": "evaluate",
+}
+_LINE = re.compile(rf"^(\d{{4}}-\S+ \S+,\d{{3}}) .*({'|'.join(map(re.escape, TURNS))})", re.MULTILINE)
+_ROUND = ("validate", "train", "test", "predict")
+
+
+class IncompleteLog(Exception):
+    """The turns are not those of whole rounds with an evaluation at the end."""
+
+
+def read_turns(log: str) -> list[tuple[float, str]]:
+    """A site's log as NVFlare writes it, in local time -> (seconds since 1970, one of TURNS' values), in order."""
+    return [
+        (datetime.strptime(time, "%Y-%m-%d %H:%M:%S,%f").timestamp(), TURNS[text]) for time, text in _LINE.findall(log)
+    ]
+
+
+def read_process_ids(log: str) -> set[int]:
+    """The processes that wrote a site's log: NVFlare notes each one's number when it connects."""
+    return {int(number) for number in re.findall(r"is created: PID: (\d+)", log)}
+
+
+def split_rounds(turns: list[tuple[float, str]]) -> list[dict[str, float]]:
+    """One site's turns -> for each round the times of `validate`, `train`, `test`, `predict` and its `end`.
+
+    Raises:
+        IncompleteLog: a turn is missing, or one too many.
+    """
+    names = [name for _, name in turns]
+    n_rounds = names.count("validate")
+    if not n_rounds or names[: 4 * n_rounds + 1] != [*_ROUND * n_rounds, "evaluate"]:
+        raise IncompleteLog(f"not whole rounds with an evaluation at the end: {', '.join(names) or 'nothing'}")
+    times = [time for time, _ in turns]
+    return [dict(zip((*_ROUND, "end"), times[first : first + 5], strict=True)) for first in range(0, 4 * n_rounds, 4)]
+
+
+def without_predicted(turns: list) -> list[tuple[float, str]]:
+    """The turns that a client's log has too: plain.py's own, "predicted", is left out."""
+    return [(time, name) for time, name in turns if name != "predicted"]
+
+
+def predict_over_test(sites: list[list]) -> float:
+    """How long predicting takes over testing, from plain.py's turns."""
+    spans: dict[str, float] = {"test": 0.0, "predict": 0.0}
+    for turns in sites:
+        for (begin, name), (end, _) in pairwise(turns):
+            if name in spans:
+                spans[name] += end - begin
+    return spans["predict"] / spans["test"]
+
+
+def cost(start: float, end: float, sites: list[list[tuple[float, str]]], steps: int, predict_over_test: float) -> dict:
+    """What a run cost, in seconds; means over its sites and rounds.
+
+    Args:
+        start, end: of the whole program, in seconds since 1970.
+        sites: for each site its turns.
+        steps: training steps of a site in a round.
+        predict_over_test: how long predicting takes over testing. The client's log does not tell when its last
+            phase ends, so this is the plain loop's ratio, which does.
+
+    Returns:
+        `start_s`, `round_s` and `step_s` (see the top of this file), `rounds` and `steps`;
+        `evaluation_s`: the part of `round_s` that grows with the images: validate, test, predict;
+        `overhead_s`: what is left of `round_s`, of the site that waits least;
+        `final_evaluation_s`: the like part of `start_s`;
+        `fit_s`: inside `fit` in a round; `to_training_s`: from the start to the first training.
+    """
+    rounds = [split_rounds(turns) for turns in sites]
+    every = [one for site in rounds for one in site]
+    fit = mean(one["test"] - one["train"] for one in every)
+    first, last = mean(site[0]["validate"] for site in rounds), mean(site[-1]["end"] for site in rounds)
+    n_rounds = len(rounds[0])
+    evaluations = mean(sum(name == "evaluate" for _, name in turns) for turns in sites)
+
+    def seconds_evaluating(one: dict[str, float]) -> float:
+        return one["train"] - one["validate"] + (one["predict"] - one["test"]) * (1 + predict_over_test)
+
+    def seconds_waiting(one: dict[str, float]) -> float:
+        return one["end"] - one["validate"] - (one["test"] - one["train"]) - seconds_evaluating(one)
+
+    return {
+        "start_s": first - start + end - last,
+        "round_s": (last - first) / n_rounds - fit,
+        "step_s": fit / steps,
+        "rounds": n_rounds,
+        "steps": steps,
+        "evaluation_s": mean(map(seconds_evaluating, every)),
+        "overhead_s": mean(min(map(seconds_waiting, same)) for same in zip(*rounds, strict=True)),
+        "final_evaluation_s": evaluations
+        * mean(one["train"] - one["validate"] + one["predict"] - one["test"] for one in every),
+        "fit_s": fit,
+        "to_training_s": min(site[0]["train"] for site in rounds) - start,
+    }
+
+
+def predict_wall(cost: dict, rounds: int, scale: float = 1.0) -> float:
+    """How long the same job would take, in seconds, with so many rounds and `scale` times the images."""
+    start = cost["start_s"] + (scale - 1) * cost["final_evaluation_s"]
+    one = cost["round_s"] + (scale - 1) * cost["evaluation_s"]
+    return start + rounds * (one + scale * cost["steps"] * cost["step_s"])

@@ -1,0 +1,174 @@
+"""The benchmark's arithmetic, and a small run of all of it."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tables
+import timeline
+import workload
+from conftest import TEMPLATE
+
+LOG = """\
+2026-03-01 10:00:05,000 - conn_manager - INFO - Connection [CN00002 127.0.0.1:1 => 127.0.0.1:2] is created: PID: 4711
+2026-03-01 10:00:10,500 - TaskScriptRunner - INFO - --- validate global model ---
+2026-03-01 10:00:11,000 - TaskScriptRunner - INFO - --- train new model ---
+2026-03-01 10:00:19,000 - rank_zero - INFO - `Trainer.fit` stopped: `max_epochs=1` reached.
+2026-03-01 10:00:21,000 - TaskScriptRunner - INFO - --- test new model ---
+2026-03-01 10:00:21,500 - TaskScriptRunner - INFO - --- prediction with new model ---
+2026-03-01 10:00:23,250 - TaskScriptRunner - INFO - [Site = site-1] --- evaluate global model ---
+"""
+SECONDS = st.floats(0.01, 1000)
+
+
+def made_of(start: float, rounds: int, validate: float, fit: float, test: float, rest: float):
+    """One site's turns in a run that begins at 0, and the moment of its last."""
+    now, turns = start, []
+    for _ in range(rounds):
+        for name, lasts in (("validate", validate), ("train", fit), ("test", test), ("predict", test + rest)):
+            turns.append((now, name))
+            now += lasts
+    return [*turns, (now, "evaluate")], now
+
+
+def test_a_log_is_read_in_order_with_its_milliseconds():
+    turns = timeline.read_turns(LOG)
+    assert [name for _, name in turns] == ["validate", "train", "test", "predict", "evaluate"]
+    assert [round(time - turns[0][0], 3) for time, _ in turns] == [0, 0.5, 10.5, 11, 12.75]
+    assert timeline.read_process_ids(LOG) == {4711}
+
+
+def test_a_round_ends_where_the_next_or_the_evaluation_begins():
+    (one,) = timeline.split_rounds(timeline.read_turns(LOG))
+    assert one["test"] - one["train"] == 10
+    assert one["end"] - one["validate"] == 12.75
+
+
+@pytest.mark.parametrize("lost", ["validate", "train", "test", "prediction", "evaluate"])
+def test_a_log_that_lacks_a_turn_is_refused(lost):
+    log = "".join(line for line in LOG.splitlines(keepends=True) if f"--- {lost}" not in line)
+    with pytest.raises(timeline.IncompleteLog):
+        timeline.split_rounds(timeline.read_turns(log))
+
+
+@given(start=SECONDS, end=SECONDS, rounds=st.integers(1, 5), validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
+def test_the_costs_add_up_to_the_wall_and_predict_any_number_of_rounds(start, end, rounds, validate, fit, test, rest):
+    turns, last = made_of(start, rounds, validate, fit, test, rest)
+    cost = timeline.cost(0, last + end, [turns, turns], steps=10, predict_over_test=1)
+    assert math.isclose(timeline.predict_wall(cost, rounds), last + end)
+    assert math.isclose(cost["overhead_s"], rest, rel_tol=1e-6, abs_tol=1e-6)
+    longer, last = made_of(start, 20, validate, fit, test, rest)
+    assert math.isclose(timeline.predict_wall(cost, 20), last + end, rel_tol=1e-6)
+
+
+@given(start=SECONDS, validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
+def test_costs_of_few_images_predict_many(start, validate, fit, test, rest):
+    few, last = made_of(start, 2, validate, fit, test, rest)
+    cost = timeline.cost(0, last + validate + test, [few], steps=10, predict_over_test=1)
+    _, last = made_of(start, 2, 7 * validate, 7 * fit, 7 * test, rest)
+    assert math.isclose(timeline.predict_wall(cost, 2, scale=7), last + 7 * (validate + test), rel_tol=1e-6)
+
+
+def test_predicting_is_compared_with_testing():
+    turns = [(0, "validate"), (1, "train"), (2, "test"), (6, "predict"), (9, "predicted"), (9.5, "evaluate")]
+    assert timeline.predict_over_test([turns, turns]) == 0.75
+    assert [name for _, name in timeline.without_predicted(turns)][-2:] == ["predict", "evaluate"]
+
+
+def part_of(walls: dict[str, list[float]]) -> dict:
+    zero = {"fit_s": 1.0, "final_evaluation_s": 1.0, "to_training_s": 6.0, "overhead_s": 1.0, "accuracy": 0.5}
+    return {
+        "runs": [{"what": what, "wall_s": wall, **zero} for what, own in walls.items() for wall in own],
+        "commands": [{"what": what, "wall_s": 0.4} for what in ("imports", "help", "wrong flag") for _ in range(2)],
+    }
+
+
+def test_a_ratio_is_taken_of_neighbours_and_judged_by_its_median():
+    rows = tables.figures({"speed": part_of({"limit": [10.0, 20.0], "project": [15.0, 60.0]})})
+    by_name = {row["figure"]: row for row in rows}
+    whole = by_name["whole job over the limit's whole wall"]
+    assert (whole["min"], whole["median"], whole["max"], whole["n"]) == (1.5, 2.25, 3.0, 2)
+    assert not whole["met"]
+    assert by_name["job.py, help"]["met"]
+
+
+def test_runs_are_put_together_with_runs_of_the_same_size():
+    run = {"limit": {"n_train": 9}, "few": {"n_train": 3}, "full": {"n_train": 9}}
+    few = {"runs": [run["few"]], "full": run["full"]}
+    assert tables.by_size({"speed": {"runs": [run["limit"]]}, "textbook": few}) == [
+        [run["limit"], run["full"]],
+        [run["few"]],
+    ]
+    assert tables.by_size({"textbook": {**few, "full": None}}) == [[run["few"]]]
+    assert tables.by_size({}) == []
+
+
+def test_generated_images_are_the_same_each_time(tmp_path):
+    one, other = (workload.generate(tmp_path / name, {"train": 2, "test": 1}) for name in ("one", "other"))
+    files = [path.relative_to(one) for path in sorted(one.rglob("*.png"))]
+    assert len(files) == 10 * (2 + 1)
+    assert [(one / name).read_bytes() for name in files] == [(other / name).read_bytes() for name in files]
+    assert len({(one / name).read_bytes() for name in files}) == len(files)
+
+
+def test_a_part_has_the_same_share_of_each_class(tmp_path):
+    whole = workload.generate(tmp_path / "whole", {"train": 4, "test": 2})
+    part = workload.take_part(whole, tmp_path / "part", 2)
+    assert {len(list(one.iterdir())) for one in (part / "train").iterdir()} == {2}
+    assert len(list((part / "test").glob("*/*.png"))) == 10
+
+
+SAME_IMAGES = """
+import argparse, torch, data, images
+options = argparse.Namespace(
+    dataset="image_folder", image_size=32, batch_size=7, n_clients=2, seed=0,
+    partition="none", alpha=1, shards_per_site=2,
+)
+classes = data.describe(options).classes
+textbook, project = (module.SiteDataModule("site-1", classes, options) for module in (data, images))
+for module in (textbook, project):
+    module.setup()
+for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+    (x, labels), (y, expected) = (map(torch.cat, zip(*getattr(m, name)())) for m in (textbook, project))
+    assert torch.allclose(x, y, atol=1e-6) and torch.equal(labels, expected), name
+assert len(textbook.train_dataloader()) == len(project.train_dataloader())
+"""
+
+
+@pytest.mark.slow
+def test_the_textbook_way_sees_the_same_images(tmp_path):
+    data = workload.generate(tmp_path / "data", {"train": 10, "test": 2})
+    programs = workload.Programs(tmp_path, batch_size=7, learning_rate=0.01)
+    environment = programs.environment | {"FL_DATA_ROOT": str(data)}
+    subprocess.run([sys.executable, "-c", SAME_IMAGES], cwd=programs.textbook, env=environment, check=True)
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_every_part(tmp_path):
+    command = [sys.executable, "benchmarks/speed.py", "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=TEMPLATE, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    parts = results["parts"]
+    assert parts.keys() == {"speed", "textbook", "rounds", "clients"}
+    assert {run["what"] for run in parts["textbook"]["runs"]} == {"limit", "project", "textbook"}
+    for part in parts.values():
+        for run in part["runs"]:
+            assert run["wall_s"] > run["fit_s"] * run["rounds"] > 0, run
+            assert math.isclose(timeline.predict_wall(run, run["rounds"]), run["wall_s"]), run
+    assert [row["figure"] for row in results["figures"] if row["median"] is None] == []
+    for row in results["figures"]:
+        assert row["figure"] in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_that_holds_no_images_is_refused(tmp_path):
+    command = [sys.executable, "benchmarks/speed.py", "--data", str(tmp_path)]
+    done = subprocess.run(command, cwd=TEMPLATE, text=True, capture_output=True)
+    assert done.returncode == 2
+    assert f"{tmp_path} has no folders train and test" in done.stderr
