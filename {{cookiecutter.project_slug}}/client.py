@@ -17,6 +17,7 @@ from nvflare.app_common.abstract.fl_model import MetaKey
 from pytorch_lightning import Trainer
 
 from data import SiteDataModule
+from federation.telemetry import Telemetry
 from model import LitNet
 
 
@@ -34,13 +35,15 @@ def define_parser():
     parser.add_argument("--shards_per_site", type=int, required=True)
     parser.add_argument("--n_clients", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--track", action="store_true")
     return parser
 
 
-def make_trainer(args):
+def make_trainer(args, callbacks=None):
     return Trainer(
         accelerator="gpu" if args.gpu and torch.cuda.is_available() else "cpu",
         devices=1,
+        callbacks=callbacks,
         max_epochs=args.local_epochs,
         check_val_every_n_epoch=sys.maxsize,  # the global model is validated before `fit`, not during it
         num_sanity_val_steps=0,
@@ -69,7 +72,7 @@ def main():
     # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
     model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train}
 
-    trainer = make_trainer(args)
+    trainer = make_trainer(args, [Telemetry(args.track)])
     evaluator = make_trainer(args)
     flare.patch(trainer, restore_state=False)  # (2) patch the trainer; each round starts with a fresh optimizer
 
@@ -95,6 +98,7 @@ def main():
         trainer.test(model, datamodule=data)
         print("--- prediction with new model ---")
         trainer.predict(model, datamodule=data)
+        print("--- wait for the server ---")
 
 
 if __name__ == "__main__":

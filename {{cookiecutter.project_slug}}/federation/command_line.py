@@ -12,6 +12,7 @@ import settings
 PROJECT = Path(__file__).resolve().parent.parent
 DATASETS = ("cifar10", "fashion_mnist", "bloodmnist", "digits", "image_folder")
 PARTITIONS = ("iid", "dirichlet", "shards", "none")
+TRACKERS = ("none", "tensorboard", "mlflow", "wandb")
 MINIMUM = {"n_clients": 1, "num_rounds": 1, "local_epochs": 1, "batch_size": 1, "shards_per_site": 1, "image_size": 16}
 
 
@@ -48,6 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--shards_per_site", type=int, default=settings.SHARDS_PER_SITE, help="of shards [%(default)s]")
     add("--seed", type=int, default=settings.SEED, help="of weights, partition and shuffling [%(default)s]")
     add("--gpu", action=argparse.BooleanOptionalAction, default=settings.USE_GPU, help="use NVIDIA GPUs, if any")
+    add("--tracking", choices=TRACKERS, default=settings.TRACKING, help="experiment tracker [%(default)s]")
     add("--name", help="the run's folder is runs/NAME [date and time]")
     add("--verbose", action="store_true", help="show NVFlare's own log")
     add("--prepare_only", action="store_true", help="get the data ready and stop")
@@ -87,3 +89,7 @@ def validate(options: argparse.Namespace) -> None:
         own = PROJECT / ".venv" / "bin" / "python"
         todo = ".venv/bin/python job.py" if own.exists() else "pip install -r requirements.txt"
         raise UsageError(f"{sys.executable} has no {missing[0]}: use {todo}")
+    if options.tracking != "none" and importlib.util.find_spec(options.tracking) is None:
+        raise UsageError(
+            f"--tracking {options.tracking} needs a package: {sys.executable} -m pip install {options.tracking}"
+        )

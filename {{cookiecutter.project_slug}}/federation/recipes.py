@@ -61,6 +61,8 @@ def client_arguments(options) -> str:
     arguments = [f"--{name} {getattr(options, name)}" for name in CLIENT_OPTIONS]
     if options.gpu:
         arguments.append("--gpu")
+    if options.tracking != "none":
+        arguments.append("--track")
     if options.max_batches:
         arguments.append(f"--max_batches {options.max_batches}")
     return " ".join(arguments)
