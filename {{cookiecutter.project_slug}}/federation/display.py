@@ -127,7 +127,9 @@ class Progress:
     def picture(self, now: float) -> Group:
         """The live view: 2 lines and one a site, or one a state where the sites are many."""
         done = len(self.rounds)
-        head, rows = Table.grid(padding=(0, 2)), Table.grid(padding=(0, 2))
+        head, rows = Table.grid(padding=(0, 2)), Table.grid(padding=(0, 2), expand=True)
+        for ratio in (None, None, 1):  # the last column takes what is left of the width
+            rows.add_column(no_wrap=True, overflow="ellipsis", ratio=ratio)
         if done < self.num_rounds:
             what, completed = f"round {done + 1} of {self.num_rounds}", done + self.fraction()
         else:
@@ -137,13 +139,13 @@ class Progress:
         if len(self.sites) <= MAX_ROWS:
             for name, site in self.sites.items():
                 accuracy = f"accuracy {self.accuracy(name)}" if done else ""
-                rows.add_row(name, site.describe(), accuracy)
+                rows.add_row(name, accuracy, site.describe())
         else:
             for state in ("starting", *STATES.values()):
                 names = [name for name, site in self.sites.items() if site.state == state]
                 if names:
                     rows.add_row(f"{len(names)} sites", state, ", ".join(names))
-        for column in (*head.columns, *rows.columns):
+        for column in head.columns:
             column.no_wrap, column.overflow = True, "ellipsis"
         return Group("", head, rows)
 

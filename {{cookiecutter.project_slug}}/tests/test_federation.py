@@ -1,6 +1,7 @@
 """Whole federations, run as a user runs them. The first one is in the fast tier, the others are slow."""
 
 import json
+import re
 import signal
 import subprocess
 
@@ -11,6 +12,23 @@ import torch
 
 from conftest import OPTIONS, PROJECT, Project
 
+LOG = (  # what NVFlare and client.py say in the course of a run
+    "Start FedAvg.",
+    "Round 0 started.",
+    "Sampled clients: ['site-1', 'site-2', 'site-3']",
+    "Sending task train to ['site-1', 'site-2', 'site-3']",
+    "batch_size=16, site=site-1",
+    "[Current Round=0, Site = site-1]",
+    "--- validate global model ---",
+    "--- train new model ---",
+    "--- test new model ---",
+    "--- prediction with new model ---",
+    "Test metric",
+    "test_acc",
+    "Round 1 started.",
+    "Finished FedAvg.",
+)
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, session_cache) -> Project:
@@ -19,6 +37,7 @@ def finished(tmp_path_factory, session_cache) -> Project:
     flags = ["--n_clients", "3", "--num_rounds", "2", "--partition", "dirichlet", "--alpha", "1"]
     run = project.run("job.py", "--dataset", "digits", "--name", "first", *flags)
     assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
     project.screen = run.stdout
     project.result = json.loads((project.folder / "runs" / "first" / "results.json").read_text())
     return project
@@ -92,6 +111,7 @@ class TestAFinishedRun:
             "app/custom/federation/catalog.py",
             "app/custom/federation/partition.py",
             "app/custom/federation/quick_start.py",
+            "app/custom/federation/telemetry.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
             "meta.json",
@@ -105,8 +125,17 @@ class TestAFinishedRun:
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
-        assert len(lines) <= 30
+        assert len(lines) <= 25
         assert "Accuracy of the global model (digits, dirichlet)" in lines
+
+    def test_keeps_nvflares_log_with_all_that_happened(self, finished):
+        log = (self.folder(finished) / "log.txt").read_text()
+        for words in LOG:
+            assert words in log, words
+        assert LOG[0] not in finished.screen
+
+    def test_leaves_no_event_file_without_a_tracker(self, finished):
+        assert list(finished.folder.rglob("*tfevents*")) == []
 
     def test_is_the_newest_and_can_be_shown_again(self, finished):
         assert (finished.folder / "runs" / "latest").resolve().name == "first"
@@ -143,8 +172,8 @@ def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 1
     lines = run.stderr.strip().splitlines()
-    assert lines[0].startswith("job.py: site-") and lines[0].endswith(" failed: RuntimeError: boom at the site")
-    assert "model.py, line " in run.stderr and "in training_step" in run.stderr
+    assert re.fullmatch(r"job.py: site-[12] failed: RuntimeError: boom at the site \(model.py, line \d+\)", lines[0])
+    assert re.match(r"  model.py, line \d+, in training_step: raise RuntimeError", lines[-2])
     assert lines[-1].startswith("The whole log: runs/")
     assert project.processes() == []
 
