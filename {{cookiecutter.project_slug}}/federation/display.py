@@ -83,7 +83,8 @@ class Progress:
         """
         for site in self.sites.values():
             site.update()
-        if not self.ends and (rounds or any(site.state != "starting" for site in self.sites.values())):
+        states = [site.state for site in self.sites.values()]  # none where the sites' logs are not on this machine
+        if not self.ends and (rounds or not states or states.count("starting") < len(states)):
             self.ends.append(now)
         lines = []
         while len(self.rounds) < len(rounds):

@@ -30,9 +30,13 @@ def add_tracking(recipe, tracker: str, run: Path) -> None:
         names = {"experiment_name": PROJECT.name, "run_name": run.name, "experiment_tags": {}, "run_tags": {}}
         config = {"tracking_uri": os.environ.setdefault("MLFLOW_TRACKING_URI", MLFLOW_STORE), "kw_args": names}
     elif tracker == "wandb":
+        import wandb
+
         os.environ.setdefault("WANDB_DIR", str(run.resolve()))
+        if "WANDB_MODE" not in os.environ:  # whoever is not logged in is not asked in the middle of a run
+            os.environ["WANDB_MODE"] = "online" if wandb.login(prompt=False) else "offline"
         arguments = {"project": PROJECT.name, "name": run.name, "group": run.name, "job_type": "site"}
-        config = {"mode": os.environ.get("WANDB_MODE", "online"), "wandb_args": arguments}
+        config = {"mode": os.environ["WANDB_MODE"], "wandb_args": arguments}
     add_experiment_tracking(recipe, tracker, config)
 
 
