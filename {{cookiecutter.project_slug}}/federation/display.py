@@ -90,9 +90,9 @@ class Progress:
         while len(self.rounds) < len(rounds):
             self.rounds.append(rounds[len(self.rounds)])
             self.ends.append(now)
+            took = f"{duration(self.ends[-1] - self.ends[-2])}{self.time_left(now, ', ')}"
             lines.append(
-                f"round {len(self.rounds)} of {self.num_rounds} done in {duration(self.ends[-1] - self.ends[-2])}; "
-                f"it began with validation accuracy {self.accuracy()}{self.time_left(now, ', ')}"
+                f"round {len(self.rounds)} of {self.num_rounds} done in {took}; it began at accuracy {self.accuracy()}"
             )
         return lines
 

@@ -104,7 +104,7 @@ def test_a_round_gives_a_line_and_the_newest_accuracies(progress, site):
     site("site-1", "--- validate global model ---")
     assert run.update([], 100.0) == []
     lines = run.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 110.0)
-    assert lines == ["round 1 of 3 done in 10 s; it began with validation accuracy 0.250, about 20 s left"]
+    assert lines == ["round 1 of 3 done in 10 s, about 20 s left; it began at accuracy 0.250"]
     assert run.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 111.0) == []
     shown = "\n".join(screen(run, 115.0))
     assert "round 2 of 3" in shown and "about 15 s left" in shown
@@ -133,7 +133,7 @@ def test_the_first_rounds_time_comes_from_its_steps(progress, site):
 def test_metrics_of_other_names_are_no_fault(progress):
     run = progress()
     other = {"round": 0, "aggregated_metrics": [], "sites": []}
-    assert "validation accuracy -" in run.update([other], 0.0)[0]
+    assert "it began at accuracy -" in run.update([other], 0.0)[0]
     screen(run)
 
 
