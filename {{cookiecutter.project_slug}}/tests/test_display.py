@@ -1,15 +1,12 @@
 """What the screen shows of a run: by the logs that the sites write, on a terminal and elsewhere."""
 
 import io
-import os
-import pty
-import subprocess
 import sys
 
 import pytest
 from rich.console import Console
 
-from conftest import PROJECT
+from conftest import HIDE, PROJECT, SHOW, on_a_terminal
 from federation.display import Progress, duration, follow
 
 TIME = "2026-01-01 10:00:00,000 - TaskScriptRunner - INFO - "
@@ -187,39 +184,13 @@ with follow({"site-1": Path(sys.argv[1])}, 2, verbose=False) as show:
         raise {"interrupt": KeyboardInterrupt, "failure": ValueError}[sys.argv[2]]
 print("the end")
 """
-HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"  # the cursor
-
-
-def on_a_terminal(tmp_path, ending):
-    """What the program sends to a terminal of 80 x 24."""
-    log = tmp_path / "log.txt"
-    log.write_text(f"{TIME}--- train new model ---\n{TIME}step 24 of 96, 12.5 steps/s\n")
-    terminal, program_side = pty.openpty()
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(log), ending],
-        cwd=PROJECT,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
-        stdout=program_side,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(program_side)
-    sent = b""
-    while True:
-        try:
-            new = os.read(terminal, 4096)
-        except OSError:  # Linux says so where the program has closed its side
-            new = b""
-        if not new:
-            break
-        sent += new
-    os.close(terminal)
-    program.wait(timeout=60)
-    return sent
 
 
 @pytest.mark.parametrize("ending", ["none", "interrupt", "failure"])
 def test_a_terminal_is_left_as_it_was(tmp_path, ending):
-    sent = on_a_terminal(tmp_path, ending)
+    log = tmp_path / "log.txt"
+    log.write_text(f"{TIME}--- train new model ---\n{TIME}step 24 of 96, 12.5 steps/s\n")
+    _, sent = on_a_terminal([sys.executable, "-c", PROGRAM, str(log), ending], PROJECT)
     assert b"training, step 24 of 96, 12.5 steps/s" in sent
     assert b"round 1 of 2 done" in sent
     assert sent.count(HIDE) == sent.count(SHOW) == 1

@@ -4,13 +4,14 @@ import json
 import re
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from conftest import OPTIONS, PROJECT, Project
+from conftest import HIDE, OPTIONS, PROJECT, SHOW, Project, on_a_terminal
 
 LOG = (  # what NVFlare and client.py say in the course of a run
     "Start FedAvg.",
@@ -198,6 +199,17 @@ def test_a_signal_ends_every_process(project, number):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.endswith("job.py: stopped; no process is left\n")
+    assert project.processes() == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_terminal_as_it_was(project):
+    command = [sys.executable, "job.py", "--dataset", "digits", "--num_rounds", "50"]
+    code, sent = on_a_terminal(command, project.folder, interrupt_at=b"training")
+    assert code == 130
+    assert sent.count(HIDE) == sent.count(SHOW) == 1
+    last_words = sent[sent.index(SHOW) :].decode().splitlines()
+    assert last_words[-1] == "job.py: stopped; no process is left"
     assert project.processes() == []
 
 
