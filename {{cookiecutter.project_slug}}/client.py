@@ -35,7 +35,7 @@ def define_parser():
     parser.add_argument("--shards_per_site", type=int, required=True)
     parser.add_argument("--n_clients", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--track", action="store_true")
+    parser.add_argument("--tracking", required=True)
     return parser
 
 
@@ -72,7 +72,7 @@ def main():
     # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
     model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train}
 
-    trainer = make_trainer(args, [Telemetry(args.track)])
+    trainer = make_trainer(args, [Telemetry(args.tracking)])
     evaluator = make_trainer(args)
     flare.patch(trainer, restore_state=False)  # (2) patch the trainer; each round starts with a fresh optimizer
 

@@ -20,6 +20,7 @@ CLIENT_OPTIONS = (
     "shards_per_site",
     "n_clients",
     "seed",
+    "tracking",
 )
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
 
@@ -61,8 +62,6 @@ def client_arguments(options) -> str:
     arguments = [f"--{name} {getattr(options, name)}" for name in CLIENT_OPTIONS]
     if options.gpu:
         arguments.append("--gpu")
-    if options.tracking != "none":
-        arguments.append("--track")
     if options.max_batches:
         arguments.append(f"--max_batches {options.max_batches}")
     return " ".join(arguments)

@@ -18,11 +18,13 @@ class Telemetry(Callback):
     - `test/...`, by round: the model that the site made of it, on the site's test images.
 
     Args:
-        track: send the metrics. Without it nothing is sent.
+        tracker: job.py's `--tracking`. With `none`, nothing is sent.
     """
 
-    def __init__(self, track: bool):
-        self.writer = SummaryWriter() if track else None
+    def __init__(self, tracker: str):
+        self.tracker = tracker
+        self.writer = None if tracker == "none" else SummaryWriter()
+        self.total = 0  # training steps in a round
 
     def on_train_start(self, trainer, module) -> None:
         self.done, self.total = 0, trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
@@ -52,6 +54,12 @@ class Telemetry(Callback):
         self.next_line = now + LINE_EVERY_S
 
     def _send(self, trainer, stage: str, step: int) -> None:
-        if self.writer:
-            for name, value in trainer.callback_metrics.items():
-                self.writer.add_scalar(f"{stage}/{name.removeprefix(f'{stage}_')}", float(value), global_step=step)
+        if not self.writer:
+            return
+        metrics = {
+            f"{stage}/{name.removeprefix(f'{stage}_')}": float(v) for name, v in trainer.callback_metrics.items()
+        }
+        if self.tracker == "wandb" and stage != "train":  # it drops what steps back, so all is counted in one way
+            metrics["round"], step = step, step * self.total
+        for tag, value in metrics.items():
+            self.writer.add_scalar(tag, value, global_step=step)

@@ -4,6 +4,7 @@ The sites send what federation/telemetry.py says. The global model's curves are 
 are means over the sites, which no site knows.
 """
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -83,6 +84,7 @@ def _to_tensorboard(run: Path, points: list) -> None:
 def _to_mlflow(run: Path, points: list) -> None:
     import mlflow
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # the screen is job.py's
     mlflow.set_experiment(PROJECT.name)
     with mlflow.start_run(run_name=f"global-{run.name}", tags={"run_name": run.name}):
         for step, values in points:
@@ -95,4 +97,4 @@ def _to_wandb(run: Path, points: list) -> None:
     settings = wandb.Settings(silent=True)
     with wandb.init(project=PROJECT.name, name=f"global-{run.name}", group=run.name, settings=settings) as tracked:
         for step, values in points:
-            tracked.log(values, step=step)
+            tracked.log({**values, "round": step}, step=step)
