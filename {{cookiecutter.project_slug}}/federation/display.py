@@ -90,10 +90,9 @@ class Progress:
         while len(self.rounds) < len(rounds):
             self.rounds.append(rounds[len(self.rounds)])
             self.ends.append(now)
-            took = f"{duration(self.ends[-1] - self.ends[-2])}{self.time_left(now, ', ')}"
-            lines.append(
-                f"round {len(self.rounds)} of {self.num_rounds} done in {took}; it began at accuracy {self.accuracy()}"
-            )
+            took, left = duration(self.ends[-1] - self.ends[-2]), self.time_left(now, before=", ")
+            done = f"round {len(self.rounds)} of {self.num_rounds} done in {took}"
+            lines.append(f"{done}, accuracy before it {self.accuracy()}{left}")  # at most 80 columns
         return lines
 
     def accuracy(self, site: str | None = None) -> str:
@@ -123,7 +122,7 @@ class Progress:
             a_round = passed / self.fraction()
         else:
             return ""
-        return f"{before}about {duration(max(0.0, a_round * todo - passed))} left"
+        return f"{before}{duration(max(0.0, a_round * todo - passed))} left"
 
     def picture(self, now: float) -> Group:
         """The live view: 2 lines and one a site, or one a state where the sites are many."""
@@ -183,8 +182,10 @@ def follow(logs: dict[str, Path], num_rounds: int, verbose: bool) -> Iterator[Ca
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 7 s, 3 min 20 s, 2 h 5 min."""
+    """Seconds as a person says them: 7 s, 3 min 20 s, 45 min, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
+    if minutes < 10:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min"
