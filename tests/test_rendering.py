@@ -24,11 +24,14 @@ FILES = """
     federation/catalog.py
     federation/check.py
     federation/command_line.py
+    federation/display.py
     federation/environments.py
     federation/evaluation.py
     federation/partition.py
     federation/quick_start.py
     federation/recipes.py
+    federation/telemetry.py
+    federation/tracking.py
     federation/workers.py
     job.py
     model.py
@@ -43,10 +46,12 @@ FILES = """
     tests/test_aggregator.py
     tests/test_catalog.py
     tests/test_data.py
+    tests/test_display.py
     tests/test_federation.py
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_partition.py
+    tests/test_tracking.py
 """
 
 

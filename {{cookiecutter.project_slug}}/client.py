@@ -17,6 +17,7 @@ from nvflare.app_common.abstract.fl_model import MetaKey
 from pytorch_lightning import Trainer
 
 from data import SiteDataModule
+from federation.telemetry import Telemetry
 from model import LitNet
 
 
@@ -34,13 +35,15 @@ def define_parser():
     parser.add_argument("--shards_per_site", type=int, required=True)
     parser.add_argument("--n_clients", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--tracking", required=True)
     return parser
 
 
-def make_trainer(args):
+def make_trainer(args, callbacks=None):
     return Trainer(
         accelerator="gpu" if args.gpu and torch.cuda.is_available() else "cpu",
         devices=1,
+        callbacks=callbacks,
         max_epochs=args.local_epochs,
         check_val_every_n_epoch=sys.maxsize,  # the global model is validated before `fit`, not during it
         num_sanity_val_steps=0,
@@ -70,7 +73,7 @@ def main():
     # Its say in the global model's accuracy is that of its validation images.
     model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train, "val_images": data.n_val}
 
-    trainer = make_trainer(args)
+    trainer = make_trainer(args, [Telemetry(args.tracking)])
     evaluator = make_trainer(args)
     flare.patch(trainer, restore_state=False)  # (2) patch the trainer; each round starts with a fresh optimizer
 
@@ -85,6 +88,7 @@ def main():
             for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
                 metrics.update(result)
             flare_client.send(flare_client.FLModel(metrics=metrics))
+            print("--- wait for the server ---")
             continue
 
         print(f"\n[Current Round={input_model.current_round}, Site = {site}]\n")
@@ -96,6 +100,7 @@ def main():
         trainer.test(model, datamodule=data)
         print("--- prediction with new model ---")
         trainer.predict(model, datamodule=data)
+        print("--- wait for the server ---")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main() -> int:
         print(f"job.py: {error}", file=sys.stderr)
         return 2
     except FederationError as error:
-        print(f"\njob.py: {error}", file=sys.stderr)
+        print(f"job.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\njob.py: stopped; no process is left", file=sys.stderr)
@@ -71,7 +71,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     import torch
 
     import results
-    from federation import environments, recipes
+    from federation import display, environments, recipes, tracking
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -85,13 +85,17 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     print(f"\nrun {folder}: FedAvg, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {folder}/log.txt")
 
     recipe = recipes.fedavg(options, holdings.classes, folder)
+    tracking.add_tracking(recipe, options.tracking, folder)
     recipe.export(str(folder))
-    progress = results.Progress(options.num_rounds, options.verbose)
+    logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}
     try:
-        environments.simulate(folder / recipe.name, folder, options, progress)
+        with display.follow(logs, options.num_rounds, options.verbose) as follow:
+            environments.simulate(folder / recipe.name, folder, options, follow)
         outcome = environments.bring_home(folder, options.num_rounds)
     except environments.RunFailed as error:
         raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
+    finally:
+        tracking.gather(options.tracking, folder)
     result = {
         "dataset": options.dataset,
         "algorithm": "fedavg",
@@ -101,6 +105,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
         "wall_s": round(time.monotonic() - START, 2),
     }
     (folder / "results.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    tracking.add_global_curves(options.tracking, folder, result)
     results.show(result)
     print(f"{folder}/results.json has all figures, {folder}/{result['model']} the model")
     return result

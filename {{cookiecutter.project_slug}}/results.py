@@ -78,24 +78,6 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-class Progress:
-    """Follows a run: NVFlare's log if `verbose`, else a line a round."""
-
-    def __init__(self, num_rounds: int, verbose: bool):
-        self.num_rounds, self.verbose, self.shown = num_rounds, verbose, 0
-
-    def __call__(self, log: str, rounds: list[dict]) -> None:
-        if self.verbose:
-            print(log, end="", flush=True)
-            return
-        for record in rounds[self.shown :]:
-            accuracy = {m["name"]: m["value"] for m in record["aggregated_metrics"]}.get("val_acc")
-            number = record["round"] + 1  # NVFlare counts from 0, and records the metrics of what the round began with
-            print(f"round {number} of {self.num_rounds} done; it began with validation accuracy {_share(accuracy)}")
-            sys.stdout.flush()
-        self.shown = len(rounds)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show a run's result.")
     parser.add_argument("run", nargs="?", default="latest", help="name of a folder under runs/ [the newest]")

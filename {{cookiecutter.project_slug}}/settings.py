@@ -17,4 +17,5 @@ LOCAL_EPOCHS = 1  # passes over a site's training images in a round
 BATCH_SIZE = 16
 LEARNING_RATE = 0.01
 SEED = 0
+TRACKING = "none"  # experiment tracker: none, tensorboard, mlflow or wandb
 USE_GPU = {{ cookiecutter.use_gpu }}

@@ -16,6 +16,7 @@ MINIMUM = {
     **dict.fromkeys(("n_clients", "n_threads", "num_rounds", "local_epochs", "batch_size", "shards_per_site"), 1),
     "image_size": 16,
 }
+TRACKERS = ("none", "tensorboard", "mlflow", "wandb")
 
 
 class UsageError(Exception):
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=settings.SEED, help="of weights, partition and shuffling [%(default)s]")
     add("--gpu", action=argparse.BooleanOptionalAction, default=settings.USE_GPU, help="use NVIDIA GPUs, if any")
     add("--n_threads", type=int, help="sites that run at the same time [as many as the free memory allows]")
+    add("--tracking", choices=TRACKERS, default=settings.TRACKING, help="experiment tracker [%(default)s]")
     add("--name", help="the run's folder is runs/NAME [date and time]")
     add("--verbose", action="store_true", help="show NVFlare's own log")
     add("--prepare_only", action="store_true", help="get the data ready and stop")
@@ -91,3 +93,7 @@ def validate(options: argparse.Namespace) -> None:
         own = PROJECT / ".venv" / "bin" / "python"
         todo = ".venv/bin/python job.py" if own.exists() else "pip install -r requirements.txt"
         raise UsageError(f"{sys.executable} has no {missing[0]}: use {todo}")
+    if options.tracking != "none" and importlib.util.find_spec(options.tracking) is None:
+        raise UsageError(
+            f"--tracking {options.tracking} needs a package: {sys.executable} -m pip install {options.tracking}"
+        )

@@ -152,7 +152,9 @@ def _dead_client(workspace: Path) -> str | None:
 
 
 def _root_cause(workspace: Path) -> str:
-    """The error that came first at any site: its last line, then where in the project's files. Empty if none."""
+    """The error that came first at any site: the exception and the line of the project's file, then the lines that led
+    there. Empty if there is none.
+    """
     errors = []
     for log in workspace.glob("*/log.txt"):
         text = log.read_text(encoding="utf-8", errors="replace")
@@ -161,7 +163,8 @@ def _root_cause(workspace: Path) -> str:
         ):
             frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
             where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)
-            errors.append((log.parent.name == "server", time, f"{log.parent.name} failed: {error}{where}"))
+            place = " ({}, line {})".format(*frames[-1][:2]) if frames else ""
+            errors.append((log.parent.name == "server", time, f"{log.parent.name} failed: {error}{place}{where}"))
     return min(errors)[2] if errors else ""  # the server only fails after its sites
 
 

@@ -20,6 +20,7 @@ CLIENT_OPTIONS = (
     "shards_per_site",
     "n_clients",
     "seed",
+    "tracking",
 )
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
 

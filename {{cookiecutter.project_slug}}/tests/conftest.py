@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,37 @@ class Project:
             if any(str(self.folder.resolve()) in word for word in words):
                 found.append(" ".join(words))
         return found
+
+
+HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"  # what a program sends to a terminal about its cursor
+
+
+def on_a_terminal(command: list[str], folder: Path, interrupt_at: bytes = b"") -> tuple[int, bytes]:
+    """Run a program on a terminal of 80 x 24: its exit code, and all that it sent.
+
+    Args:
+        command: its words.
+        folder: to run it in.
+        interrupt_at: what to await before Ctrl-C; nothing: no Ctrl-C.
+    """
+    terminal, programs_side = pty.openpty()
+    surroundings = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    program = subprocess.Popen(command, cwd=folder, env=surroundings, stdout=programs_side, stderr=programs_side)
+    os.close(programs_side)
+    sent, interrupted = b"", not interrupt_at
+    while True:
+        try:
+            new = os.read(terminal, 4096)
+        except OSError:  # Linux says so where the program has closed its side
+            new = b""
+        if not new:
+            break
+        sent += new
+        if not interrupted and interrupt_at in sent:
+            program.send_signal(signal.SIGINT)
+            interrupted = True
+    os.close(terminal)
+    return program.wait(timeout=60), sent
 
 
 @pytest.fixture

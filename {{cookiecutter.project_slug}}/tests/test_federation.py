@@ -1,15 +1,34 @@
 """Whole federations, run as a user runs them. The first one is in the fast tier, the others are slow."""
 
 import json
+import re
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from conftest import OPTIONS, PROJECT, Project
+from conftest import HIDE, OPTIONS, PROJECT, SHOW, Project, on_a_terminal
+
+LOG = (  # what NVFlare and client.py say in the course of a run
+    "Start FedAvg.",
+    "Round 0 started.",
+    "Sampled clients: ['site-1', 'site-2', 'site-3']",
+    "Sending task train to ['site-1', 'site-2', 'site-3']",
+    "batch_size=16, site=site-1",
+    "[Current Round=0, Site = site-1]",
+    "--- validate global model ---",
+    "--- train new model ---",
+    "--- test new model ---",
+    "--- prediction with new model ---",
+    "Test metric",
+    "test_acc",
+    "Round 1 started.",
+    "Finished FedAvg.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +38,7 @@ def finished(tmp_path_factory, session_cache) -> Project:
     flags = ["--n_clients", "3", "--num_rounds", "2", "--partition", "dirichlet", "--alpha", "1"]
     run = project.run("job.py", "--dataset", "digits", "--name", "first", *flags)
     assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
     project.screen = run.stdout
     project.result = json.loads((project.folder / "runs" / "first" / "results.json").read_text())
     return project
@@ -101,6 +121,7 @@ class TestAFinishedRun:
             "app/custom/federation/evaluation.py",
             "app/custom/federation/partition.py",
             "app/custom/federation/quick_start.py",
+            "app/custom/federation/telemetry.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
             "meta.json",
@@ -114,8 +135,17 @@ class TestAFinishedRun:
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
-        assert len(lines) <= 30
+        assert len(lines) <= 25
         assert "Accuracy of the global model (digits, dirichlet)" in lines
+
+    def test_keeps_nvflares_log_with_all_that_happened(self, finished):
+        log = (self.folder(finished) / "log.txt").read_text()
+        for words in LOG:
+            assert words in log, words
+        assert LOG[0] not in finished.screen
+
+    def test_leaves_no_event_file_without_a_tracker(self, finished):
+        assert list(finished.folder.rglob("*tfevents*")) == []
 
     def test_is_the_newest_and_can_be_shown_again(self, finished):
         assert (finished.folder / "runs" / "latest").resolve().name == "first"
@@ -152,8 +182,8 @@ def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 1
     lines = run.stderr.strip().splitlines()
-    assert lines[0].startswith("job.py: site-") and lines[0].endswith(" failed: RuntimeError: boom at the site")
-    assert "model.py, line " in run.stderr and "in training_step" in run.stderr
+    assert re.fullmatch(r"job.py: site-[12] failed: RuntimeError: boom at the site \(model.py, line \d+\)", lines[0])
+    assert re.match(r"  model.py, line \d+, in training_step: raise RuntimeError", lines[-2])
     assert lines[-1].startswith("The whole log: runs/")
     assert project.processes() == []
 
@@ -178,6 +208,17 @@ def test_a_signal_ends_every_process(project, number):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.endswith("job.py: stopped; no process is left\n")
+    assert project.processes() == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_terminal_as_it_was(project):
+    command = [sys.executable, "job.py", "--dataset", "digits", "--num_rounds", "50"]
+    code, sent = on_a_terminal(command, project.folder, interrupt_at=b"training")
+    assert code == 130
+    assert sent.count(HIDE) == sent.count(SHOW) == 1
+    last_words = sent[sent.index(SHOW) :].decode().splitlines()
+    assert last_words[-1] == "job.py: stopped; no process is left"
     assert project.processes() == []
 
 

@@ -24,6 +24,7 @@ BAD_FLAGS = {
     "a negative seed": (["--seed", "-1"], "--seed is -1"),
     "an unknown data set": (["--dataset", "imagenet"], "argument --dataset: invalid choice: 'imagenet'"),
     "an unknown partition": (["--partition", "fair"], "argument --partition: invalid choice: 'fair'"),
+    "an unknown tracker": (["--tracking", "paper"], "argument --tracking: invalid choice: 'paper'"),
     "an unknown flag": (["--rounds", "2"], "unrecognized arguments: --rounds 2"),
     "words for a number": (["--n_clients", "two"], "argument --n_clients: invalid int value: 'two'"),
     "a path for a name": (["--name", "../x"], "--name is '../x': letters, digits"),

@@ -1,0 +1,235 @@
+"""What goes to an experiment tracker: read back with the tracker's own library."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from pytorch_lightning import Trainer
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+from conftest import Project
+from data import SiteDataModule
+from federation import telemetry, tracking
+from federation.command_line import TRACKERS, UsageError, parse, validate
+from model import LitNet
+
+RESULT = {
+    "rounds": [
+        {"round": 0, "accuracy": 0.125, "sites": {}},
+        {"round": 1, "accuracy": 0.25, "sites": {}},
+        {"round": 2, "accuracy": 0.5, "sites": {}},
+    ],
+    "test": {"accuracy": 0.75, "loss": 1.5},
+}
+GLOBAL = {
+    "val/acc": [(0, 0.125), (1, 0.25), (2, 0.5)],
+    "test/acc": [(2, 0.75)],
+    "test/loss": [(2, 1.5)],
+}
+
+
+def read_events(folder) -> dict:
+    """TensorBoard's own view of a folder: run -> tag -> (step, value)s."""
+    events = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    events.Reload()
+    return {
+        run: {tag: [(event.step, event.value) for event in events.Scalars(run, tag)] for tag in kinds["scalars"]}
+        for run, kinds in events.Runs().items()
+    }
+
+
+class Writer:
+    """In place of NVFlare's SummaryWriter, which needs a server."""
+
+    def __init__(self):
+        self.sent, self.steps = {}, []
+
+    def add_scalar(self, tag, value, global_step):
+        self.steps.append(global_step)
+        self.sent.setdefault(tag, []).append((global_step, value))
+
+
+@pytest.fixture
+def train(options, monkeypatch):
+    """Train at one site for two rounds, as client.py does: what was sent."""
+    monkeypatch.setattr(telemetry, "SummaryWriter", Writer)
+    monkeypatch.setattr("model.LOG_EVERY_N_STEPS", 5)
+
+    def run(tracker, batches=6, epochs=1):
+        data = SiteDataModule("site-1", [str(i) for i in range(10)], options(n_clients=1))
+        model = LitNet()
+        callback = telemetry.Telemetry(tracker)
+        for data.round in range(2):
+            trainer = Trainer(
+                accelerator="cpu",
+                callbacks=[callback],
+                max_epochs=epochs,
+                limit_train_batches=batches,
+                log_every_n_steps=5,
+                check_val_every_n_epoch=sys.maxsize,
+                num_sanity_val_steps=0,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                logger=False,
+            )
+            if tracker != "none":
+                trainer.validate(model, datamodule=data, verbose=False)
+            trainer.fit(model, datamodule=data)
+            if tracker != "none":
+                trainer.test(model, datamodule=data, verbose=False)
+        return callback.writer
+
+    return run
+
+
+class TestASite:
+    def test_sends_its_metrics_under_clean_tags(self, train):
+        sent = train("tensorboard").sent
+        assert set(sent) == {"train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc"}
+
+    def test_counts_training_in_steps_and_evaluation_in_rounds(self, train):
+        sent = train("tensorboard", epochs=2).sent
+        assert [step for step, _ in sent["train/loss"]] == [1, 6, 7, 12, 13, 18, 19, 24]
+        assert [step for step, _ in sent["val/acc"]] == [0, 1]  # the global model after so many rounds
+        assert [step for step, _ in sent["test/acc"]] == [1, 2]
+
+    def test_never_steps_back_for_wandb(self, train):
+        """It drops what has a lower step than what came before."""
+        sent = train("wandb", epochs=2)
+        assert sent.steps == sorted(sent.steps)
+        assert sent.sent["round"] == [(0, 0), (12, 1), (12, 1), (24, 2)]
+        assert [step for step, _ in sent.sent["test/acc"]] == [12, 24]
+
+    def test_sends_nothing_unless_asked(self, train):
+        assert train("none", batches=2) is None
+
+    def test_prints_its_speed(self, train, capsys):
+        train("none", batches=20)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+        assert lines[-1].startswith("step 20 of 20, ") and lines[-1].endswith(" steps/s")
+        assert all(float(line.split()[-2]) > 0 for line in lines)
+
+
+def test_the_global_models_curves_are_written_for_tensorboard(tmp_path):
+    tracking.add_global_curves("tensorboard", tmp_path, RESULT)
+    assert read_events(tmp_path) == {"tensorboard/global": GLOBAL}
+
+
+def test_the_global_models_loss_is_written_where_it_is_known(tmp_path):
+    result = {**RESULT, "rounds": [{**entry, "loss": 2.0} for entry in RESULT["rounds"]]}
+    tracking.add_global_curves("tensorboard", tmp_path, result)
+    assert read_events(tmp_path)["tensorboard/global"]["val/loss"] == [(0, 2.0), (1, 2.0), (2, 2.0)]
+
+
+def test_without_a_tracker_nothing_is_written(tmp_path):
+    tracking.add_global_curves("none", tmp_path, RESULT)
+    tracking.gather("none", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tracker", TRACKERS[1:])
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, tracker):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else real(name))
+    with pytest.raises(UsageError, match=f"^--tracking {tracker} needs a package: .* -m pip install {tracker}$"):
+        validate(parse(["--tracking", tracker]))
+
+
+def federate(tmp_path_factory, tracker, **environment) -> Project:
+    """Two sites, three rounds, in the project's copy."""
+    project = Project(tmp_path_factory.mktemp(tracker) / "project")
+    flags = ["--dataset", "digits", "--n_clients", "2", "--num_rounds", "3", "--name", "tracked"]
+    project.done = project.run("job.py", *flags, "--tracking", tracker, **environment)
+    assert project.done.returncode == 0, project.done.stderr
+    project.result = json.loads((project.folder / "runs" / "tracked" / "results.json").read_text())
+    return project
+
+
+SITE_TAGS = {"train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc"}
+
+
+@pytest.mark.slow
+class TestWithTensorBoard:
+    @pytest.fixture(scope="class")
+    def project(self, tmp_path_factory, session_cache):
+        return federate(tmp_path_factory, "tensorboard")
+
+    def test_all_curves_of_a_run_lie_under_its_name(self, project):
+        runs = {run for run in read_events(project.folder / "runs") if not run.startswith("latest/")}
+        assert runs == {f"tracked/tensorboard/{name}" for name in ("global", "site-1", "site-2")}
+
+    def test_a_sites_curves_are_what_the_result_says(self, project):
+        curves = read_events(project.folder / "runs" / "tracked" / "tensorboard")
+        for site in ("site-1", "site-2"):
+            assert set(curves[site]) == SITE_TAGS
+            known = [(entry["round"], pytest.approx(entry["sites"][site])) for entry in project.result["rounds"][:3]]
+            assert curves[site]["val/acc"] == known
+            assert [step for step, _ in curves[site]["test/acc"]] == [1, 2, 3]
+
+    def test_the_global_models_curve_is_beside_them(self, project):
+        curves = read_events(project.folder / "runs" / "tracked" / "tensorboard")
+        known = [(entry["round"], pytest.approx(entry["accuracy"])) for entry in project.result["rounds"]]
+        assert curves["global"]["val/acc"] == known
+        assert curves["global"]["test/acc"] == [(3, pytest.approx(project.result["test"]["accuracy"]))]
+
+    def test_two_sites_and_three_rounds_fill_25_lines(self, project):
+        assert project.done.stderr == ""
+        assert len(project.done.stdout.splitlines()) <= 25
+
+
+@pytest.mark.slow
+def test_mlflow_has_a_run_for_each_site_and_the_global_model(tmp_path_factory, session_cache):
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    project = federate(tmp_path_factory, "mlflow")
+    assert project.done.stderr == ""
+    client = MlflowClient(f"sqlite:///{project.folder}/runs/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "project"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(name.split("-tracked")[0][:6] for name in runs) == ["global", "site-1", "site-2"]
+    for name, run in runs.items():
+        assert run.data.tags["run_name"].endswith("tracked")
+        assert set(run.data.metrics) >= ({"val/acc", "test/acc"} if name.startswith("global") else SITE_TAGS)
+    (own,) = [run for name, run in runs.items() if name.startswith("global")]
+    curve = [(m.step, m.value) for m in client.get_metric_history(own.info.run_id, "val/acc")]
+    assert curve == [(entry["round"], pytest.approx(entry["accuracy"])) for entry in project.result["rounds"]]
+
+
+@pytest.mark.slow
+def test_wandb_works_offline(tmp_path_factory, session_cache):
+    pytest.importorskip("wandb")
+    project = federate(tmp_path_factory, "wandb", WANDB_MODE="offline")
+    assert project.done.stderr == ""
+    stored = dict(map(read_wandb, wandb_files(project)))
+    assert sorted(name[:6] for name in stored) == ["global", "site-1", "site-2"]
+    for name, history in stored.items():
+        tags = {"val/acc", "test/acc"} if name.startswith("global") else SITE_TAGS
+        assert set().union(*history) >= tags
+    assert not (project.folder / "wandb").exists()
+
+
+def wandb_files(project):
+    return sorted((project.folder / "runs" / "tracked").glob("wandb/offline-run-*/*.wandb"))
+
+
+def read_wandb(path):
+    """(the run's name, its history) of an offline run's file: wandb's own messages in LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    stored, name, history, message = path.read_bytes(), "", [], b""
+    at, block = 7, 32768  # a header, then records that no block's end cuts
+    while at + 7 <= len(stored):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        length, kind = int.from_bytes(stored[at + 4 : at + 6], "little"), stored[at + 6]
+        message += stored[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record, message = wandb_internal_pb2.Record.FromString(message), b""
+            name = record.run.display_name or name
+            history.append({"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item})
+    return name, history
