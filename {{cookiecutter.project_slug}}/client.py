@@ -84,6 +84,7 @@ def main():
             for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
                 metrics.update(result)
             flare_client.send(flare_client.FLModel(metrics=metrics))
+            print("--- wait for the server ---")
             continue
 
         print(f"\n[Current Round={input_model.current_round}, Site = {site}]\n")
@@ -95,6 +96,7 @@ def main():
         trainer.test(model, datamodule=data)
         print("--- prediction with new model ---")
         trainer.predict(model, datamodule=data)
+        print("--- wait for the server ---")
 
 
 if __name__ == "__main__":

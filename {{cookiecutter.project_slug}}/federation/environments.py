@@ -1,10 +1,12 @@
 """Where a federation runs: NVFlare's simulator, on this machine. Start it, follow it, stop it, bring home."""
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
+
+from federation import timing
 
 PROJECT = Path(__file__).resolve().parent.parent
 CLIENT_MEMORY = 1.2e9  # bytes for one client process: 0.9 to 1.1 GB were seen with a CUDA build of PyTorch
@@ -150,11 +154,11 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     """Gather what NVFlare left in its workspace: the metrics of every round and the final model.
 
     Args:
-        run: the run's folder. `final.pt`, a plain dict of tensors, is written into it.
+        run: the run's folder. `final.pt`, a plain dict of tensors, is written into it, and the server's receipt.
         num_rounds: how many there should be.
 
     Returns:
-        `rounds`, `test` and `model`, as results.json documents them.
+        `rounds`, `test`, `model`, `sha256` and `timing`, as federation/schema.py documents them.
 
     Raises:
         RunFailed: something is missing.
@@ -176,13 +180,18 @@ def bring_home(run: Path, num_rounds: int) -> dict:
         raise RunFailed(f"{', '.join(sorted(silent))} did not evaluate the final model")
 
     checkpoint = torch.load(workspace / SERVER / "app_server" / "FL_global_model.pt", weights_only=True)
-    torch.save({name: torch.as_tensor(value) for name, value in checkpoint["model"].items()}, run / "final.pt")
+    final = {name: torch.as_tensor(value) for name, value in checkpoint["model"].items()}
+    torch.save(final, run / "final.pt")
+    if (receipt := workspace / SERVER / "receipt.jsonl").exists():
+        shutil.copy(receipt, run)
     val_images = {site: report["val_images"] for site, report in reports.items()}
-    curve = []
+    curve, losses = [], []
     for record in rounds:  # NVFlare counts from 0 and records what the sites got: the model before the round
         metrics = {s["name"]: {m["name"]: m["value"] for m in s["metrics"]} for s in record["sites"]}
         curve.append({site: metrics[site].get("val_acc") for site in reports})
+        losses.append({site: metrics[site].get("val_loss") for site in reports})
     curve.append({site: report.get("val_acc") for site, report in reports.items()})
+    losses.append({site: report.get("val_loss") for site, report in reports.items()})
     tests = {
         site: {"accuracy": report.get("test_acc"), "loss": report.get("test_loss"), "images": report["test_images"]}
         for site, report in reports.items()
@@ -190,7 +199,16 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     tested = {site: test for site, test in tests.items() if test["images"]}
     test_images = {site: test["images"] for site, test in tested.items()}
     return {
-        "rounds": [{"round": k, "accuracy": _mean(sites, val_images), "sites": sites} for k, sites in enumerate(curve)],
+        "rounds": [
+            {
+                "round": k,
+                "accuracy": _mean(sites, val_images),
+                "sites": sites,
+                "loss": _mean(losses[k], val_images),
+                "losses": losses[k],
+            }
+            for k, sites in enumerate(curve)
+        ],
         "test": {
             "accuracy": _mean({site: test["accuracy"] for site, test in tested.items()}, test_images),
             "loss": _mean({site: test["loss"] for site, test in tested.items()}, test_images),
@@ -198,7 +216,18 @@ def bring_home(run: Path, num_rounds: int) -> dict:
             "worst": min(tested, key=lambda site: tested[site]["accuracy"], default=None),
         },
         "model": "final.pt",
+        "sha256": fingerprint(final),
+        "timing": timing.totals(timing.phases(workspace)),
     }
+
+
+def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors in the order of their names: equal only where every bit of every weight is."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _by_number(item: tuple[str, object]) -> tuple[int, str]:
@@ -207,6 +236,8 @@ def _by_number(item: tuple[str, object]) -> tuple[int, str]:
     return (int(digits[0]) if digits else 0, item[0])
 
 
-def _mean(values: dict[str, float], weights: dict[str, int]) -> float | None:
+def _mean(values: dict[str, float | None], weights: dict[str, int]) -> float | None:
+    if None in values.values():  # a metric that the model does not log
+        return None
     total = sum(weights[site] for site in values)
     return sum(value * weights[site] for site, value in values.items()) / total if total else None

@@ -7,6 +7,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe.utils import add_final_global_evaluation
 
 from federation.aggregator import OrderedMean
+from federation.receipt import Receipt
 from model import LitNet
 
 CLIENT_OPTIONS = (
@@ -53,6 +54,7 @@ def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
     recipe.add_client_file(str(bundle))
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
     add_final_global_evaluation(recipe)
+    recipe._job.to_server(Receipt(), id="receipt")  # no public method adds a component
     return recipe
 
 
