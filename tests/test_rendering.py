@@ -24,10 +24,15 @@ FILES = """
     federation/catalog.py
     federation/check.py
     federation/command_line.py
+    federation/confusion.py
     federation/environments.py
     federation/partition.py
     federation/quick_start.py
+    federation/receipt.py
     federation/recipes.py
+    federation/report.py
+    federation/schema.py
+    federation/timing.py
     job.py
     model.py
     prepare_data.sh
@@ -36,6 +41,7 @@ FILES = """
     results.py
     settings.py
     tests/conftest.py
+    tests/results_version_0.json
     tests/tabular/data.py
     tests/tabular/model.py
     tests/test_catalog.py
@@ -44,6 +50,8 @@ FILES = """
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_partition.py
+    tests/test_report.py
+    tests/test_results.py
 """
 
 

@@ -38,7 +38,9 @@ def confusion(run: Path, result: dict, classes: list[str]) -> dict[str, np.ndarr
     except NoConfusion:
         raise
     except Exception as error:  # whatever a user's data.py and model.py raise, the rest of the report stands
-        raise NoConfusion(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}") from None
+        raise NoConfusion(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from None
     finally:
         if not root:
             os.environ.pop("FL_DATA_ROOT", None)

@@ -20,6 +20,7 @@ from federation.confusion import NoConfusion, confusion
 MAX_LINES = 20  # sites with a colour and a name of their own in a plot; more are drawn alike
 MAX_NUMBERED = 16  # rows and columns of a heat map up to which each cell has its number
 GLOBAL = "#111111"
+LINES = ("-", "--", "-.", ":")  # lines that lie on each other are still seen
 COLOURS = {"start": "#b8b8b8", "computing": "#2a78b5", "evaluating": "#e39b2d", "waiting": "#e8e8e8"}
 STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, and it can be searched and read aloud
@@ -48,12 +49,15 @@ h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.2rem; margin-top: 2
 .sub, figcaption, .note { color: #555 }
 dl.facts { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem } dl.facts dt { color: #555; font-size: .85rem }
 dl.facts dd { margin: 0; font-size: 1.5rem }
-.wide { overflow-x: auto; max-width: 100% } .pair { display: flex; flex-wrap: wrap; gap: 1rem }
+.wide { overflow: auto; max-width: 100% } #receipt .wide { max-height: 40rem }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 1rem 0; max-width: 100% } svg { display: block; max-width: none; height: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #eee; vertical-align: top }
-th { color: #555; font-weight: 600 } td.number, th.number { text-align: right } code { overflow-wrap: anywhere }
+th { color: #555; font-weight: 600 } td.number, th.number { text-align: right }
+td { max-width: 28rem; overflow-wrap: break-word } #receipt td:nth-child(-n+5) { white-space: nowrap }
 tr.differs { background: #fff6df } summary { cursor: pointer; color: #555 }
+@media print { #receipt .wide { max-height: none } }
 </style>
 </head>
 <body>
@@ -147,7 +151,9 @@ def _learning(result: dict) -> list[str]:
     for key, own, label in (("accuracy", "sites", "accuracy"), ("loss", "losses", "loss")):
         series = {site: [entry[own].get(site) for entry in result["rounds"]] for site in sites}
         plots.append(_curves({"all sites": _series(result, key), **series}, label))
-    test = [[site, t["images"], _share(t["accuracy"]), _share(t["loss"])] for site, t in result["test"]["sites"].items()]
+    test = [
+        [site, t["images"], _share(t["accuracy"]), _share(t["loss"])] for site, t in result["test"]["sites"].items()
+    ]
     total = sum(t["images"] for t in result["test"]["sites"].values())
     whole = ["all sites", total, _share(result["test"]["accuracy"]), _share(result["test"]["loss"])]
     rows = [
@@ -171,10 +177,10 @@ def _learning(result: dict) -> list[str]:
 def _holdings(partition: dict) -> list[str]:
     counts, classes = partition["counts"], partition["classes"]
     matrix = np.array([[held[name] for name in classes] for held in counts.values()])
-    plot = _heat_map(matrix, list(counts), classes, "images", f"Images of {len(classes)} classes at {len(counts)} sites")
-    rows = [
-        [site, *(len(own[part]) for part in ("train", "val", "test"))] for site, own in partition["sites"].items()
-    ]
+    plot = _heat_map(
+        matrix, list(counts), classes, "images", f"Images of {len(classes)} classes at {len(counts)} sites"
+    )
+    rows = [[site, *(len(own[part]) for part in ("train", "val", "test"))] for site, own in partition["sites"].items()]
     return [
         _figure(plot, "Images to learn from, those for validation included: a row a site, a column a class."),
         _table(["site", "training", "validation", "test"], rows),
@@ -201,13 +207,13 @@ def _confusion(run: Path, result: dict, classes: list[str]) -> list[str]:
         reported = result["test"]["accuracy"] if name == "all sites" else result["test"]["sites"][worst]["accuracy"]
         if reported is None or abs(right - reported) > 0.005:
             notes.append(
-                _note(f"Computed anew on this machine. {name} had reported {_share(reported)}: model.py or the images differ.")
+                f"Computed anew on this machine. {name} had reported {_share(reported)}: model.py or the images differ."
             )
     return [
         "<p>The final model on the test images: a row a true class, a column what the model says; "
         "the darker, the larger a part of its row.</p>",
         _pair(parts),
-        *notes,
+        *map(_note, notes),
     ]
 
 
@@ -217,9 +223,8 @@ def _time(run: Path, result: dict) -> list[str]:
     if not sums:
         return [_note("Unknown: the logs of the sites are not here, or do not say when what began.")]
     parts = [
-        "<p><b>start</b>: until the site asks for work: its process, its imports, its data. <b>computing</b>: training. "
-        "<b>evaluating</b>: validation, test, prediction. <b>waiting</b>: for the other sites, the server and the way "
-        "between.</p>"
+        "<p><b>start</b>: until the first task: process, imports, data. <b>computing</b>: training. "
+        "<b>evaluating</b>: validation, test, prediction. <b>waiting</b>: for the server and the other sites.</p>"
     ]
     if found:
         parts.append(_figure(_timeline(found), "From the server's first sign of life to its last."))
@@ -234,21 +239,22 @@ def _receipt(run: Path, result: dict) -> list[str]:
         return [_note("None: this run's server kept no receipt.")]
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     records.sort(key=lambda r: (r["round"] is None, r["round"] or 0, r["task"], len(r["site"]), r["site"]))
-    lists: dict[str, str] = {}  # a list of tensors -> its letter
+    tensor_lists, entry_lists = {}, {}  # what is the same in many answers is listed once, under a letter or a number
     rows = []
     for record in records:
-        tensors = record["tensors"]
-        letter = lists.setdefault(json.dumps(tensors), _letter(len(lists))) if tensors else ""
+        tensors, own = json.dumps(record["tensors"]), json.dumps(record["headers"])
+        letter = tensor_lists.setdefault(tensors, _letter(len(tensor_lists))) if record["tensors"] else ""
+        number = entry_lists.setdefault(own, str(len(entry_lists) + 1)) if record["headers"] else ""
         rows.append(
             [
-                "" if record["round"] is None else record["round"] + 1,
+                "" if record["round"] is None else str(record["round"] + 1),
                 record["site"],
                 record["task"],
-                f"list {letter}: {len(tensors)}" if tensors else "none",
-                sum(tensor["bytes"] for tensor in tensors),
+                f"list {letter}: {len(record['tensors'])}" if letter else "none",
+                sum(tensor["bytes"] for tensor in record["tensors"]),
                 ", ".join(record["metrics"]),
                 _entries(record["meta"]),
-                _entries(record["headers"]),
+                f"list {number}: {len(record['headers'])}" if number else "none",
             ]
         )
     sites = {record["site"] for record in records}
@@ -256,14 +262,18 @@ def _receipt(run: Path, result: dict) -> list[str]:
     named = ["round", "site", "answer to", "tensors", "bytes", "metrics", "other entries", "NVFlare's own entries"]
     parts = [
         f"<p>Written down by the server as each answer arrived: {len(records)} answers of {len(sites)} sites, "
-        f"{total:,} bytes of tensors in all. What is not listed did not arrive. No value is kept, only names, types and "
-        "sizes; NVFlare's own signals, such as heartbeats, are not answers and are not listed.</p>",
+        f"{total:,} bytes of tensors in all. What is not listed did not arrive. No value is kept, only names, types "
+        "and sizes; NVFlare's own signals, such as heartbeats, are not answers and are not listed.</p>",
         _foreign(run, result, records),
         _table(named, rows),
     ]
-    for tensors, letter in lists.items():
-        own = [[t["name"], " × ".join(map(str, t["shape"])) or "one number", t["dtype"], t["bytes"]] for t in json.loads(tensors)]
-        parts.append(_details(f"List {letter}: {len(own)} tensors", _table(["tensor", "shape", "type", "bytes"], own)))
+    for tensors, letter in tensor_lists.items():
+        named = ["tensor", "shape", "type", "bytes"]
+        own = [[t["name"], _shape(t["shape"]), t["dtype"], t["bytes"]] for t in json.loads(tensors)]
+        parts.append(_details(f"List {letter}: {len(own)} tensors", _table(named, own)))
+    for entries, number in entry_lists.items():
+        own = list(map(list, json.loads(entries).items()))
+        parts.append(_details(f"List {number}: {len(own)} of NVFlare's own entries", _table(["entry", "type"], own)))
     return parts
 
 
@@ -315,9 +325,12 @@ def _curves(series: dict[str, list[float | None]], label: str) -> str:
     for number, (name, values) in enumerate(known.items()):
         alike = len(known) > MAX_LINES
         colour, text = ("#9db7cc", "each site" if number == 0 else None) if alike else (colours[number], name)
-        axes.plot(range(len(values)), _gaps(values), color=colour, label=_literal(text), linewidth=1, marker=".")
+        line = {"color": colour, "linestyle": LINES[number % len(LINES)], "linewidth": 1.2}
+        axes.plot(range(len(values)), _gaps(values), label=_literal(text), marker=".", **line)
     if whole:
-        axes.plot(range(len(whole)), _gaps(whole), color=GLOBAL, label="all sites", linewidth=2.2, marker="o", markersize=4)
+        axes.plot(
+            range(len(whole)), _gaps(whole), color=GLOBAL, label="all sites", linewidth=2.2, marker="o", markersize=4
+        )
     axes.set(xlabel="after round", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
@@ -411,20 +424,20 @@ def _details(title: str, content: str) -> str:
 
 
 def _table(header: list[str], rows: list[list], marked: list[bool] | None = None) -> str:
-    def cell(value, tag="td") -> str:
-        number = ' class="number"' if isinstance(value, int | float) or re.fullmatch(r"-|\d+\.\d+", str(value)) else ""
-        return f"<{tag}{number}>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</{tag}>"
-
-    numeric = [bool(rows) and cell(value).startswith("<td class") for value in (rows[0] if rows else header)]
-    head = "".join(
-        f'<th class="number">{html.escape(name)}</th>' if number else f"<th>{html.escape(name)}</th>"
-        for name, number in zip(header, numeric, strict=True)
-    )
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
+    align = [' class="number"' if rows and all(map(_is_number, column)) else "" for column in columns]
+    head = "".join(f"<th{side}>{html.escape(name)}</th>" for name, side in zip(header, align, strict=True))
     classes = [' class="differs"' if mark else "" for mark in marked or [False] * len(rows)]
-    lines = (
-        f"<tr{mark}>{''.join(map(cell, row))}</tr>" for mark, row in zip(classes, rows, strict=True)
-    )
+    lines = []
+    for mark, row in zip(classes, rows, strict=True):
+        texts = (f"{value:,}" if isinstance(value, int) else str(value) for value in row)
+        cells = (f"<td{side}>{html.escape(text)}</td>" for text, side in zip(texts, align, strict=True))
+        lines.append(f"<tr{mark}>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int) or re.fullmatch(r"-|\d+(\.\d+)?", str(value)) is not None
 
 
 def _literal(text: str | None) -> str | None:
@@ -435,6 +448,10 @@ def _literal(text: str | None) -> str | None:
 def _letter(number: int) -> str:
     """A, B, ..., Z, AA, ..."""
     return (_letter(number // 26 - 1) if number >= 26 else "") + string.ascii_uppercase[number % 26]
+
+
+def _shape(shape: list[int]) -> str:
+    return " × ".join(map(str, shape)) or "one number"
 
 
 def _entries(entries: dict[str, str]) -> str:

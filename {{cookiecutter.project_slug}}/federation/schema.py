@@ -54,9 +54,8 @@ def read(run: Path) -> dict:
     result = read_json(path)
     written = result.get("version", 0)
     if written > VERSION:
-        raise ResultError(
-            f"{path} has version {written}, and this project reads up to {VERSION}: show it with the project that made it"
-        )
+        todo = "show it with the project that made it"
+        raise ResultError(f"{path} has version {written}, and this project reads up to {VERSION}: {todo}")
     for entry in result["rounds"]:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))

@@ -92,6 +92,7 @@ class TestAFinishedRun:
             "app/custom/federation/catalog.py",
             "app/custom/federation/partition.py",
             "app/custom/federation/quick_start.py",
+            "app/custom/federation/receipt.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
             "meta.json",
