@@ -49,7 +49,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.2rem; margin-top: 2
 .sub, figcaption, .note { color: #555 }
 dl.facts { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem } dl.facts dt { color: #555; font-size: .85rem }
 dl.facts dd { margin: 0; font-size: 1.5rem }
-.wide { overflow: auto; max-width: 100% } #receipt .wide { max-height: 40rem }
+.wide { overflow: auto; max-width: 100% } .tall { max-height: 36rem }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 1rem 0; max-width: 100% } svg { display: block; max-width: none; height: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
@@ -57,7 +57,7 @@ th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px soli
 th { color: #555; font-weight: 600 } td.number, th.number { text-align: right }
 td { max-width: 28rem; overflow-wrap: break-word } #receipt td:nth-child(-n+5) { white-space: nowrap }
 tr.differs { background: #fff6df } summary { cursor: pointer; color: #555 }
-@media print { #receipt .wide { max-height: none } }
+@media print { .tall { max-height: none } }
 </style>
 </head>
 <body>
@@ -325,7 +325,7 @@ def _curves(series: dict[str, list[float | None]], label: str) -> str:
     for number, (name, values) in enumerate(known.items()):
         alike = len(known) > MAX_LINES
         colour, text = ("#9db7cc", "each site" if number == 0 else None) if alike else (colours[number], name)
-        line = {"color": colour, "linestyle": LINES[number % len(LINES)], "linewidth": 1.2}
+        line = {"color": colour, "linestyle": "-" if alike else LINES[number % len(LINES)], "linewidth": 1.2}
         axes.plot(range(len(values)), _gaps(values), label=_literal(text), marker=".", **line)
     if whole:
         axes.plot(
@@ -353,7 +353,7 @@ def _heat_map(
 ) -> str:
     """Cells as vectors, darker the larger; of its row's sum if `by_row`."""
     shade = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1) if by_row else matrix / max(matrix.max(), 1)
-    cell = 0.42 if max(matrix.shape) <= MAX_NUMBERED else 0.24  # inches
+    cell = 0.36 if max(matrix.shape) <= MAX_NUMBERED else 0.24  # inches
     margin = 0.075 * max(len(name) for name in (*rows, *columns)) + 0.6
     size = (max(3.0, cell * len(columns) + margin), max(1.6, cell * len(rows) + margin))
     figure = Figure(figsize=size, layout="constrained")
@@ -393,7 +393,9 @@ def _svg(figure: Figure, label: str) -> str:
     salt = hashlib.sha256(label.encode(errors="replace")).hexdigest()  # no two plots of a page share an id
     with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # only measured with that font, drawn with another
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            stream, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     svg = stream.getvalue()
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # names of parts that nothing refers to
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
@@ -433,7 +435,7 @@ def _table(header: list[str], rows: list[list], marked: list[bool] | None = None
         texts = (f"{value:,}" if isinstance(value, int) else str(value) for value in row)
         cells = (f"<td{side}>{html.escape(text)}</td>" for text, side in zip(texts, align, strict=True))
         lines.append(f"<tr{mark}>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return f'<div class="wide tall"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _is_number(value) -> bool:
