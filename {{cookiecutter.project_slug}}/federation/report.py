@@ -49,7 +49,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.2rem; margin-top: 2
 .sub, figcaption, .note { color: #555 }
 dl.facts { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem } dl.facts dt { color: #555; font-size: .85rem }
 dl.facts dd { margin: 0; font-size: 1.5rem }
-.wide { overflow: auto; max-width: 100% } .tall { max-height: 36rem }
+.wide { overflow: auto; max-width: 100% } .tall { max-height: 50rem }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 1rem 0; max-width: 100% } svg { display: block; max-width: none; height: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
@@ -292,6 +292,7 @@ def _foreign(run: Path, result: dict, records: list[dict]) -> str:
 def _configuration(run: Path, result: dict) -> list[str]:
     hidden = {"rounds", "test", "timing", "versions", "data_root"}
     rows = [[name, str(value)] for name, value in result.items() if name not in hidden and not isinstance(value, dict)]
+    rows[0][0] = "version of results.json"
     rows += [[f"version of {name}", value] for name, value in result["versions"].items()]
     parts = [_table(["", ""], rows)]
     job = run / "job"
@@ -362,8 +363,8 @@ def _heat_map(
     plot.set_aspect("equal")
     plot.grid(False)
     plot.invert_yaxis()
-    plot.set_yticks(np.arange(len(rows)) + 0.5, [_literal(name) for name in rows])
-    plot.set_xticks(np.arange(len(columns)) + 0.5, [_literal(name) for name in columns], rotation=90)
+    plot.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    plot.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90)
     plot.tick_params(length=0)
     plot.set(ylabel=axes[0], xlabel=axes[1])
     if max(matrix.shape) <= MAX_NUMBERED:
@@ -380,7 +381,7 @@ def _timeline(found: dict[str, list[tuple[float, float, str]]]) -> str:
         for kind in timing.KINDS:
             bars = [(start, end - start) for start, end, k in spans if k == kind]
             axes.broken_barh(bars, (row + 0.1, 0.8), color=COLOURS[kind], label=kind if row == 0 else None)
-    axes.set_yticks(np.arange(len(found)) + 0.5, [_literal(site) for site in found])
+    axes.set_yticks(np.arange(len(found)) + 0.5, list(found))
     axes.invert_yaxis()
     axes.set(xlabel="seconds")
     figure.legend(loc="outside upper center", ncols=len(timing.KINDS), fontsize=8)

@@ -208,11 +208,17 @@ NAMES = ["<script>alert(1)</script>", "a&b", "$5$", "_hidden", '"quoted"', "$bod
 
 
 def test_names_can_hold_any_character(tmp_path):
-    run = make_run(tmp_path / "odd", classes=NAMES)
+    sites = ("_site", "<i>site</i>", 'site "3"')
+    run = make_run(tmp_path / "odd", sites=sites, classes=NAMES, algorithm="<i>average</i>")
     project = "</title><script>alert('x')</script> & $heading \N{GRINNING FACE}"
     page = written(run, project)
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert not {"script", "i"} & {tag for tag, _ in page.tags}
     assert project in page.text
+    assert ["algorithm", "<i>average</i>"] in page.rows["configuration"]
+    assert page.plots()[0] == "accuracy by round: all sites, " + ", ".join(sites)
+    legend, _ = page.sections["learning"].split("The figures of the plots")
+    for site in sites:
+        assert site in legend, site
     for name in NAMES:
         assert name in page.sections["holdings"], name
 
