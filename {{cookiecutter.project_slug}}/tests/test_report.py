@@ -379,6 +379,12 @@ class TestTheTime:
         log.write_text(log.read_text().replace("2026-01-01 10:00:25,000", again + "2026-01-01 10:00:25,000"))
         assert (23.0, 25.0, "start") in timing.phases(workspace)["site-2"]
 
+    def test_never_runs_backwards_where_a_clock_is_ahead(self, workspace):
+        log = workspace / "site-2" / "log.txt"
+        log.write_text(log.read_text().replace("10:00:25,750", "10:00:45,750"))
+        spans = timing.phases(workspace)["site-2"]
+        assert all(0 <= start <= end <= 30 for start, end, _ in spans)
+
     def test_is_unknown_where_a_log_does_not_say(self, workspace, run):
         log = workspace / "site-2" / "log.txt"
         log.write_text(log.read_text().replace("--- wait for the server ---", ""))
