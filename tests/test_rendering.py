@@ -24,13 +24,18 @@ FILES = """
     federation/catalog.py
     federation/check.py
     federation/command_line.py
+    federation/confusion.py
     federation/display.py
     federation/environments.py
     federation/evaluation.py
     federation/partition.py
     federation/quick_start.py
+    federation/receipt.py
     federation/recipes.py
+    federation/report.py
+    federation/schema.py
     federation/telemetry.py
+    federation/timing.py
     federation/tracking.py
     federation/workers.py
     job.py
@@ -41,6 +46,7 @@ FILES = """
     results.py
     settings.py
     tests/conftest.py
+    tests/results_version_0.json
     tests/tabular/data.py
     tests/tabular/model.py
     tests/test_aggregator.py
@@ -51,6 +57,8 @@ FILES = """
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_partition.py
+    tests/test_report.py
+    tests/test_results.py
     tests/test_tracking.py
 """
 

@@ -71,7 +71,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     import torch
 
     import results
-    from federation import display, environments, recipes, tracking
+    from federation import display, environments, recipes, schema, tracking
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -97,12 +97,15 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     finally:
         tracking.gather(options.tracking, folder)
     result = {
+        "version": schema.VERSION,
         "dataset": options.dataset,
         "algorithm": "fedavg",
         **{name: getattr(options, name) for name in results.CONFIGURATION},
+        "data_root": options.data_root,
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
         **outcome,
         "wall_s": round(time.monotonic() - START, 2),
+        "versions": schema.versions(),
     }
     (folder / "results.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     tracking.add_global_curves(options.tracking, folder, result)

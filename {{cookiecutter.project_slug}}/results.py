@@ -1,13 +1,19 @@
-"""Show a run: `python results.py [RUN]`, the newest by default. Also what job.py prints on the way."""
+"""Show finished runs: `python results.py [RUN ...]`, the newest by default; `--html` writes a page instead.
+
+Several runs are set side by side. Also what job.py prints on the way.
+"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+import settings
+from federation import schema
 
 RUNS = Path(__file__).resolve().parent / "runs"
 CONFIGURATION = (
@@ -78,15 +84,65 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def compare(results: dict[str, dict]) -> list[list[str]]:
+    """Set runs side by side.
+
+    Args:
+        results: name of a run -> its results.json.
+
+    Returns:
+        A row a property: its name, then its value in each run.
+    """
+    rows = [[name, *(str(result[name]) for result in results.values())] for name in ("dataset", "algorithm")]
+    rows += [[name, *(str(result.get(name)) for result in results.values())] for name in CONFIGURATION]
+    tests = [result["test"] for result in results.values()]
+    worst = [test["sites"][test["worst"]]["accuracy"] if test["worst"] else None for test in tests]
+    return [
+        *rows,
+        ["test accuracy", *(_share(test["accuracy"]) for test in tests)],
+        ["test loss", *(_share(test["loss"]) for test in tests)],
+        ["worst site", *(str(test["worst"] or "-") for test in tests)],
+        ["its accuracy", *map(_share, worst)],
+        ["seconds", *(f"{result['wall_s']:.0f}" for result in results.values())],
+        ["model SHA-256", *((result["sha256"] or "-")[:12] for result in results.values())],
+    ]
+
+
+def show_comparison(results: dict[str, dict]) -> None:
+    """Print runs side by side, a column each."""
+    table = _table()
+    _column(table, "", left=True)
+    for name in results:
+        _column(table, f" {name}")
+    for row in compare(results):
+        table.add_row(*map(escape, row))
+    print()
+    Console().print(table, crop=False)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Show a run's result.")
-    parser.add_argument("run", nargs="?", default="latest", help="name of a folder under runs/ [the newest]")
-    run = RUNS / parser.parse_args().run
+    parser = argparse.ArgumentParser(description="Show the result of a run, or several side by side.")
+    parser.add_argument("run", nargs="*", default=["latest"], help="name of a folder under runs/ [the newest]")
+    page = "write a page instead: runs/RUN/report.html; of several runs, runs/comparison.html"
+    parser.add_argument("--html", action="store_true", help=page)
+    options = parser.parse_args()
+    runs = list(dict.fromkeys((RUNS / name).resolve() for name in options.run))
     try:
-        show_holdings(json.loads((run / "partition.json").read_text(encoding="utf-8"))["counts"])
-        show(json.loads((run / "results.json").read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        print(f"results.py: {error.filename} is not there: finish a run with python job.py", file=sys.stderr)
+        results = {run.name: schema.read(run) for run in runs}
+        if options.html:
+            from federation import report  # its plots' library takes a second to import
+
+            if len(runs) == 1:
+                print(report.write(runs[0], settings.PROJECT_NAME))
+            else:
+                print(report.write_comparison(runs, compare(results), RUNS / "comparison.html", settings.PROJECT_NAME))
+        elif len(runs) == 1:
+            show_holdings(schema.read_json(runs[0] / "partition.json")["counts"])
+            show(results[runs[0].name])
+        else:
+            show_comparison(results)
+    except schema.ResultError as error:
+        print(f"results.py: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -16,6 +16,7 @@ import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
+from federation import timing
 from federation.evaluation import FILE as EVALUATION
 from federation.workers import forked_clients
 
@@ -181,11 +182,11 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     """Gather what NVFlare left in its workspace: the metrics of every round, the final model and the best one.
 
     Args:
-        run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it.
+        run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it, and the receipt.
         num_rounds: how many there should be.
 
     Returns:
-        `rounds`, `test`, `model`, `sha256` and `best`, as results.json documents them.
+        `rounds`, `test`, `model`, `sha256`, `best` and `timing`, as federation/schema.py documents them.
 
     Raises:
         RunFailed: something is missing.
@@ -208,18 +209,34 @@ def bring_home(run: Path, num_rounds: int) -> dict:
         shutil.copy(run / "final.pt", run / "best.pt")
     else:
         _take_model(server, "best_FL_global_model.pt", run / "best.pt")
-    val_images = {site: report["val_images"] for site, report in reports.items()}
-    curve = {}
-    for record in rounds:  # NVFlare counts from 0 and records what the sites got: the model before the round
-        metrics = {s["name"]: {m["name"]: m["value"] for m in s["metrics"]} for s in record["sites"]}
-        curve[record["round"]] = {site: metrics[site].get("val_acc") for site in reports}
-    curve[final["round"]] = {site: report.get("val_acc") for site, report in reports.items()}
+    if (receipt := server / "receipt.jsonl").exists():
+        shutil.copy(receipt, run)
+    # NVFlare counts from 0 and records what the sites got: the model before the round.
+    curve = {
+        record["round"]: {s["name"]: {m["name"]: m["value"] for m in s["metrics"]} for s in record["sites"]}
+        for record in rounds
+    }
+    curve[final["round"]] = reports
     return {
-        "rounds": [{"round": k, "accuracy": _mean(sites, val_images), "sites": sites} for k, sites in curve.items()],
-        "test": _test(final["sites"]),
+        "rounds": [_validation(number, reports, curve[number]) for number in curve],
+        "test": _test(reports),
         "model": "final.pt",
         "sha256": fingerprint(last),
         "best": {"round": best["round"], "model": "best.pt", "test": _test(best["sites"])},
+        "timing": timing.totals(timing.phases(run / "workspace")),
+    }
+
+
+def _validation(number: int, reports: dict[str, dict], metrics: dict[str, dict]) -> dict:
+    """What the model after `number` rounds is worth on the sites' validation images."""
+    images = {site: report["val_images"] for site, report in reports.items()}
+    accuracies, losses = ({site: metrics[site].get(name) for site in reports} for name in ("val_acc", "val_loss"))
+    return {
+        "round": number,
+        "accuracy": _mean(accuracies, images),
+        "sites": accuracies,
+        "loss": _mean(losses, images),
+        "losses": losses,
     }
 
 
@@ -262,6 +279,8 @@ def _by_number(item: tuple[str, object]) -> tuple[int, str]:
     return (int(digits[0]) if digits else 0, item[0])
 
 
-def _mean(values: dict[str, float], weights: dict[str, int]) -> float | None:
+def _mean(values: dict[str, float | None], weights: dict[str, int]) -> float | None:
+    if None in values.values():  # a metric that the model does not log
+        return None
     total = sum(weights[site] for site in values)
     return sum(value * weights[site] for site, value in values.items()) / total if total else None

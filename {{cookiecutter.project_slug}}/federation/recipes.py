@@ -7,6 +7,7 @@ from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 
 from federation.aggregator import OrderedMean
 from federation.evaluation import FinalEvaluation
+from federation.receipt import Receipt
 from model import LitNet
 
 CLIENT_OPTIONS = (
@@ -53,7 +54,8 @@ def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
     )
     recipe.add_client_file(str(bundle))
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
-    recipe._job.to_server(FinalEvaluation(), id="final_evaluation")  # NVFlare's own recipe.utils add it so
+    recipe._job.to_server(FinalEvaluation(), id="final_evaluation")  # no public method does it
+    recipe._job.to_server(Receipt(), id="receipt")
     return recipe
 
 

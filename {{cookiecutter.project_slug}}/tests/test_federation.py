@@ -121,6 +121,7 @@ class TestAFinishedRun:
             "app/custom/federation/evaluation.py",
             "app/custom/federation/partition.py",
             "app/custom/federation/quick_start.py",
+            "app/custom/federation/receipt.py",
             "app/custom/federation/telemetry.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
@@ -151,6 +152,60 @@ class TestAFinishedRun:
         assert (finished.folder / "runs" / "latest").resolve().name == "first"
         shown = finished.run("results.py").stdout
         assert "final test" in shown and "Who holds what" in shown
+
+    def test_follows_the_schema(self, finished):
+        from federation import environments, schema
+
+        assert finished.result["version"] == schema.VERSION
+        assert all(f"`{key}`" in schema.__doc__ for key in finished.result)
+        assert finished.result == schema.read(self.folder(finished))
+        final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
+        assert finished.result["sha256"] == environments.fingerprint(final)
+
+    def test_has_the_loss_of_every_round(self, finished):
+        images = {site: len(own["val"]) for site, own in self.partition(finished)["sites"].items()}
+        for entry in finished.result["rounds"]:
+            mean = np.average([entry["losses"][site] for site in images], weights=list(images.values()))
+            assert entry["loss"] == pytest.approx(mean)
+        assert finished.result["rounds"][0]["loss"] == pytest.approx(np.log(10), rel=0.1)  # untrained: a guess
+
+    def test_knows_where_the_time_went(self, finished):
+        timing = finished.result["timing"]
+        assert set(timing) == {"site-1", "site-2", "site-3"}
+        spans = [sum(kinds.values()) for kinds in timing.values()]
+        assert spans == pytest.approx([spans[0]] * 3, abs=0.01)
+        assert 0 < spans[0] < finished.result["wall_s"]
+        assert all(seconds > 0 for kinds in timing.values() for seconds in kinds.values())
+
+    def test_has_a_receipt_of_all_that_left_the_sites(self, finished):
+        records = [json.loads(line) for line in (self.folder(finished) / "receipt.jsonl").read_text().splitlines()]
+        final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
+        weights = {name: (list(tensor.shape), tensor.nbytes) for name, tensor in final.items()}
+        trained = [record for record in records if record["task"] == "train"]
+        assert sorted((record["round"], record["site"]) for record in trained) == [
+            (k, site) for k in (0, 1) for site in ("site-1", "site-2", "site-3")
+        ]
+        for record in trained:
+            assert {t["name"]: (t["shape"], t["bytes"]) for t in record["tensors"]} == weights
+            assert sorted(record["metrics"]) == ["val_acc", "val_loss"]
+            assert set(record["meta"]) == {"kind", "NUM_STEPS_CURRENT_ROUND"}
+        evaluated = [record for record in records if record["task"] != "train"]
+        assert {record["site"] for record in evaluated} == {"site-1", "site-2", "site-3"}
+        for record in evaluated:
+            assert record["tensors"] == [] and set(record["meta"]) == {"kind"}
+            counts = {"val_images", "test_images"}
+            assert set(record["metrics"]) == {"val_acc", "val_loss", "test_acc", "test_loss"} | counts
+
+    def test_has_a_page_whose_matrix_is_what_the_sites_reported(self, finished):
+        written = finished.run("results.py", "first", "--html")
+        assert written.returncode == 0, written.stderr
+        page = (self.folder(finished) / "report.html").read_text(encoding="utf-8")
+        assert written.stdout == f"{(self.folder(finished) / 'report.html').resolve()}\n"
+        accuracy = finished.result["test"]["accuracy"]
+        assert f"Confusion matrix of all sites: {accuracy:.3f} of 360 test images are on the diagonal" in page
+        assert "had reported" not in page
+        assert "What each site did at each time" in page
+        assert "Every tensor has the name and the shape of a weight of the final model" in page
 
     def test_leaves_no_process(self, finished):
         assert finished.processes() == []
@@ -230,6 +285,11 @@ def test_other_data_and_another_model_need_no_other_change(project):
     assert run.returncode == 0, run.stderr
     result = json.loads((project.folder / "runs" / "table" / "results.json").read_text())
     assert result["test"]["accuracy"] > 0.9
+    page = project.run("results.py", "table", "--html")
+    assert page.returncode == 0, page.stderr
+    report = (project.folder / "runs" / "table" / "report.html").read_text(encoding="utf-8")
+    assert f"Confusion matrix of all sites: {result['test']['accuracy']:.3f} of " in report
+    assert "malignant" in report
     check = project.run("job.py", "--check")
     assert check.returncode == 0 and "CHECK PASSED" in check.stdout
 

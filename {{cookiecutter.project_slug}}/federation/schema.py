@@ -1,0 +1,77 @@
+"""results.json: what is in it, and how the file of an older program is read.
+
+| key | what |
+|---|---|
+| `version` | of this schema: 1. Files without it are of version 0 |
+| `dataset`, `algorithm` | what was trained on, and how |
+| `partition`, `alpha`, `shards_per_site`, `n_clients`, `num_rounds`, `image_size`, `batch_size`, `local_epochs`, \
+`learning_rate`, `seed` | the flags of job.py |
+| `data_root` | where the images were on the machine that made the run; null: in the cache. Not shown in reports |
+| `device` | `cpu`, or the GPU's name |
+| `rounds` | the global model on the sites' validation images after `round` = 0, 1, 2, ... rounds: `accuracy` and \
+`loss` of all sites (means weighted by images), `sites` and `losses`: site -> its accuracy, its loss |
+| `test` | the final model on the test images: `accuracy`, `loss` of all sites; `sites`: site -> `accuracy`, `loss`, \
+`images`; `worst`: the site of the lowest accuracy |
+| `model` | the file of the final model |
+| `sha256` | of its tensors: `federation.environments.fingerprint` |
+| `timing` | site -> seconds of `start`, `computing`, `evaluating`, `waiting`; null where the logs do not say |
+| `wall_s` | seconds from the command to the end |
+| `versions` | of `python`, `nvflare`, `torch`, `lightning` |
+
+A metric that the model does not log is null. Later versions may add keys.
+"""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+VERSION = 1
+
+
+class ResultError(Exception):
+    """A result that cannot be read; one line for the user."""
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on beside this project."""
+    found = {"python": platform.python_version()}
+    for name in ("nvflare", "torch", "lightning"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def read(run: Path) -> dict:
+    """Read a run's results.json, whichever version of the program wrote it. What an older one lacks is null or empty.
+
+    Raises:
+        ResultError: it is not there, or broken, or newer than this program.
+    """
+    path = run / "results.json"
+    result = read_json(path)
+    written = result.get("version", 0)
+    if written > VERSION:
+        todo = "show it with the project that made it"
+        raise ResultError(f"{path} has version {written}, and this project reads up to {VERSION}: {todo}")
+    for entry in result["rounds"]:
+        entry.setdefault("loss", None)
+        entry.setdefault("losses", dict.fromkeys(entry["sites"]))
+    missing = {"version": 0, "data_root": None, "sha256": None, "timing": None, "versions": {}}
+    return {**missing, **result}
+
+
+def read_json(path: Path):
+    """Read one of a run's files.
+
+    Raises:
+        ResultError: it is not there, or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ResultError(f"{path} is not there: finish a run with python job.py") from None
+    except ValueError:
+        raise ResultError(f"{path} is broken: run python job.py again") from None

@@ -1,0 +1,430 @@
+"""The page of a run: what is in it, that it needs no network, and that any name and any size can be shown."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.dxo import DXO, DataKind
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+from federation import receipt, report, schema, timing
+from model import LitNet
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SITES = ("site-1", "site-2", "site-3")
+CLASSES = [str(i) for i in range(10)]
+LOG = """2026-01-01 10:00:{0},000 - ClientTaskWorker - INFO - ClientTaskWorker started to run
+2026-01-01 10:00:10,000 - TaskScriptRunner - INFO -{1}
+[Current Round=0, Site = site-1]
+
+2026-01-01 10:00:10,500 - TaskScriptRunner - INFO - --- validate global model ---
+2026-01-01 10:00:12,000 - TaskScriptRunner - INFO - --- train new model ---
+2026-01-01 10:00:20,250 - TaskScriptRunner - INFO - --- test new model ---
+2026-01-01 10:00:21,000 - TaskScriptRunner - INFO - --- prediction with new model ---
+2026-01-01 10:00:22,000 - TaskScriptRunner - INFO - --- wait for the server ---
+2026-01-01 10:00:25,000 - TaskScriptRunner - INFO - [Site = site-1] --- evaluate global model ---
+2026-01-01 10:00:25,750 - TaskScriptRunner - INFO - --- wait for the server ---
+"""
+SERVER_LOG = """2026-01-01 10:00:00,000 - SimulatorRunner - INFO - Create the Simulator Server.
+2026-01-01 10:00:30,000 - MPM - INFO - MPM: Good Bye!
+"""
+
+
+class Page(HTMLParser):
+    """A page taken apart."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.html = path.read_text(encoding="utf-8")
+        self.tags, self.text, self.sections, self.rows = [], "", {}, {}
+        self.section = self.cell = None
+        self.feed(self.html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if tag == "section":
+            self.section = attributes["id"]
+            self.sections[self.section], self.rows[self.section] = "", []
+        elif tag == "tr" and self.section:
+            self.rows[self.section].append([])
+        elif tag in ("td", "th") and self.section:
+            self.rows[self.section][-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.cell = None
+        elif tag == "section":
+            self.section = None
+
+    def handle_data(self, text):
+        self.text += text
+        if self.section:
+            self.sections[self.section] += text
+        if self.cell:
+            self.rows[self.section][-1][-1] += text
+
+    def plots(self):
+        return [attributes["aria-label"] for tag, attributes in self.tags if tag == "svg"]
+
+
+def make_run(folder, sites=SITES, classes=CLASSES, **changes):
+    """A finished run of made-up figures, two rounds, with the files that job.py leaves."""
+    folder.mkdir()
+    counts = {site: {name: 3 * i + j for j, name in enumerate(classes)} for i, site in enumerate(sites)}
+    indices = {"train": [0, 1], "val": [2], "test": [0]}
+    partition = {"classes": classes, "sites": dict.fromkeys(sites, indices), "counts": counts}
+    (folder / "partition.json").write_text(json.dumps(partition), encoding="utf-8")
+    own = {site: 0.25 + i / 1000 for i, site in enumerate(sites)}
+    rounds = [{"round": k, "accuracy": 0.3, "sites": own, "loss": 1.5, "losses": own} for k in range(3)]
+    tests = {site: {"accuracy": 0.25, "loss": 1.25, "images": 0} for site in sites}
+    made = {"dataset": "digits", "algorithm": "fedavg", "partition": "iid", "alpha": 0.5, "shards_per_site": 2}
+    made |= {"n_clients": len(sites), "num_rounds": 2, "image_size": 32, "batch_size": 16, "local_epochs": 1}
+    made |= {"learning_rate": 0.01, "seed": 0, "data_root": None, "device": "cpu", "model": "final.pt", "wall_s": 9.5}
+    result = {
+        "version": schema.VERSION,
+        **made,
+        "rounds": rounds,
+        "test": {"accuracy": 0.25, "loss": 1.25, "sites": tests, "worst": sites[0]},
+        "sha256": "12ab",
+        "timing": None,
+        "versions": {"python": "3.99", "torch": "9.9"},
+        **changes,
+    }
+    (folder / "results.json").write_text(json.dumps(result), encoding="utf-8")
+    torch.manual_seed(0)
+    torch.save(LitNet(num_classes=len(classes)).state_dict(), folder / "final.pt")
+    return folder
+
+
+def answer(extra=None, **meta):
+    """A message as a site sends it after training: two tensors of the model, two metrics, a number."""
+    params = {"model.fc3.weight": np.zeros((10, 84), np.float32), "model.fc3.bias": torch.zeros(10), **(extra or {})}
+    model = FLModel(params=params, metrics={"val_loss": 1.0, "val_acc": 0.5}, current_round=0, meta=meta)
+    return FLModelUtils.to_shareable(model)
+
+
+def add_receipt(run, *messages):
+    lines = [json.dumps({"site": site, "task": "train", **receipt.describe(message)}) for site, message in messages]
+    (run / "receipt.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "first")
+
+
+@pytest.fixture
+def digits(tmp_path, options):
+    """A run on digits, whose images are at hand."""
+    import data
+
+    made = options(n_clients=3, partition="dirichlet", alpha=1.0, learning_rate=0.01)
+    holdings = data.describe(made)
+    images = {site: len(own["test"]) for site, own in holdings.sites.items()}
+    tests = {site: {"accuracy": 0.0, "loss": 1.0, "images": n} for site, n in images.items()}
+    test = {"accuracy": 0.0, "loss": 1.0, "sites": tests, "worst": "site-2"}
+    folder = make_run(tmp_path / "digits", test=test, partition="dirichlet", alpha=1.0)
+    (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
+    return folder
+
+
+def written(run, project="My project"):
+    return Page(report.write(run, project))
+
+
+class TestAPage:
+    def test_has_its_sections_in_order(self, run):
+        page = written(run)
+        named = ["learning", "holdings", "confusion", "time", "receipt", "configuration"]
+        assert list(page.sections) == named
+        assert "My project" in page.text and "fedavg on digits, iid; run first" in page.text
+
+    def test_fetches_nothing(self, run):
+        page = written(run)
+        tags = {tag for tag, _ in page.tags}
+        assert not tags & {"script", "link", "img", "image", "iframe", "object", "embed", "base", "audio", "video"}
+        for tag, attributes in page.tags:
+            for name, value in attributes.items():
+                if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                    assert value.startswith("#"), (tag, name, value)
+        assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page.html))
+        assert "@import" not in page.html
+
+    def test_is_the_same_again(self, run):
+        add_receipt(run, ("site-1", answer()))
+        assert written(run).html == written(run).html
+
+    def test_gives_no_two_parts_one_id(self, run):
+        ids = [attributes["id"] for _, attributes in written(run).tags if "id" in attributes]
+        assert len(ids) == len(set(ids))
+
+    def test_describes_every_plot_in_words(self, run):
+        plots = written(run).plots()
+        assert plots[0] == "accuracy by round: all sites, site-1, site-2, site-3"
+        assert plots[1] == "loss by round: all sites, site-1, site-2, site-3"
+        assert plots[2] == "Images of 10 classes at 3 sites"
+
+    def test_has_the_figures_of_the_plots(self, run):
+        rows = written(run).rows["learning"]
+        assert ["2", "site-2", "0.251", "0.251"] in rows
+        assert ["1", "all sites", "0.300", "1.500"] in rows
+
+    def test_says_how_it_was_made_but_not_where(self, run):
+        result = schema.read(run)
+        (run / "results.json").write_text(json.dumps({**result, "data_root": "/home/ann/secret"}), encoding="utf-8")
+        (run / "job" / "app").mkdir(parents=True)
+        (run / "job" / "app" / "client.py").write_text("print()\n", encoding="utf-8")
+        page = written(run)
+        rows = page.rows["configuration"]
+        assert ["seed", "0"] in rows and ["sha256", "12ab"] in rows and ["version of torch", "9.9"] in rows
+        files = {row[0]: row[1:] for row in rows}
+        assert files["app/client.py"] == ["8", hashlib.sha256(b"print()\n").hexdigest()]
+        assert "/home/ann" not in page.html
+
+    def test_of_an_older_version_says_what_is_not_known(self, run):
+        result = schema.read(run)
+        for entry in result["rounds"]:
+            del entry["loss"], entry["losses"]
+        for key in ("version", "sha256", "timing", "versions", "data_root"):
+            del result[key]
+        (run / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        page = written(run)
+        assert "The loss of the rounds was not recorded." in page.sections["learning"]
+        assert "this run's server kept no receipt" in page.sections["receipt"]
+        assert "Unknown" in page.sections["time"]
+
+
+NAMES = ["<script>alert(1)</script>", "a&b", "$5$", "_hidden", '"quoted"', "$body", "猫", "back\\slash", "it's", "]]>"]
+
+
+def test_names_can_hold_any_character(tmp_path):
+    sites = ("_site", "<i>site</i>", 'site "3"')
+    run = make_run(tmp_path / "odd", sites=sites, classes=NAMES, algorithm="<i>average</i>")
+    project = "</title><script>alert('x')</script> & $heading \N{GRINNING FACE}"
+    page = written(run, project)
+    assert not {"script", "i"} & {tag for tag, _ in page.tags}
+    assert project in page.text
+    assert ["algorithm", "<i>average</i>"] in page.rows["configuration"]
+    assert page.plots()[0] == "accuracy by round: all sites, " + ", ".join(sites)
+    legend, _ = page.sections["learning"].split("The figures of the plots")
+    for site in sites:
+        assert site in legend, site
+    for name in NAMES:
+        assert name in page.sections["holdings"], name
+
+
+@pytest.mark.parametrize(("n_sites", "n_classes"), [(1, 2), (12, 10), (40, 30)])
+def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_classes):
+    sites = tuple(f"site-{i + 1}" for i in range(n_sites))
+    page = written(make_run(tmp_path / "many", sites=sites, classes=[f"class {i}" for i in range(n_classes)]))
+    labels = page.sections["holdings"]
+    assert all(site in labels for site in sites)
+    assert all(f"class {i}" in labels for i in range(n_classes))
+    assert len(page.html) < 2_000_000
+    if n_sites > report.MAX_LINES:
+        assert "each site" in page.sections["learning"]
+
+
+class TestTheMatrix:
+    def test_counts_what_the_model_takes_for_what(self, digits, options):
+        from data import pooled
+        from federation.confusion import confusion
+
+        result = schema.read(digits)
+        matrices = confusion(digits, result, CLASSES)
+        assert {site: matrix.sum() for site, matrix in matrices.items()} == {
+            site: test["images"] for site, test in result["test"]["sites"].items()
+        }
+        everything = pooled(CLASSES, options(n_clients=3, partition="dirichlet", alpha=1.0))
+        everything.setup("test")
+        (batch,) = everything.test_dataloader()
+        model = LitNet(num_classes=10)
+        model.load_state_dict(torch.load(digits / "final.pt", weights_only=True))
+        expected = torch.zeros(10, 10, dtype=int)
+        for label, taken_for in zip(batch[1], model(batch[0]).argmax(dim=1), strict=True):
+            expected[label, taken_for] += 1
+        assert sum(matrices.values()).tolist() == expected.tolist()
+
+    def test_is_shown_for_all_sites_and_the_worst(self, digits):
+        page = written(digits)
+        whole, worst = page.plots()[3:5]
+        assert whole.startswith("Confusion matrix of all sites: ") and "of 360 test images" in whole
+        assert worst.startswith("Confusion matrix of the worst site, site-2: ")
+
+    def test_that_is_not_what_the_sites_reported_says_so(self, digits):
+        shown = float(re.search(r"all sites: (\S+) of", written(digits).plots()[3])[1])
+        assert shown > 0.01  # the run says 0.0
+        assert "all sites had reported 0.000" in written(digits).sections["confusion"]
+        result = schema.read(digits)
+        result["test"]["accuracy"] = shown
+        (digits / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        assert "all sites had reported" not in written(digits).sections["confusion"]
+
+    def test_is_left_out_where_the_images_are_not_here(self, digits):
+        result = {**schema.read(digits), "dataset": "image_folder", "data_root": "/nowhere"}
+        (digits / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        page = written(digits)
+        assert "No matrix: " in page.sections["confusion"] and "/nowhere" in page.sections["confusion"]
+        assert len(page.plots()) == 3
+
+    def test_is_left_out_where_the_images_are_others(self, digits):
+        result = schema.read(digits)
+        result["test"]["sites"]["site-1"]["images"] += 1
+        (digits / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        assert "site-1 had " in written(digits).sections["confusion"]
+
+    def test_is_left_out_where_the_model_is_another(self, digits):
+        torch.save({"other": torch.zeros(3)}, digits / "final.pt")
+        assert "No matrix: " in written(digits).sections["confusion"]
+
+    def test_is_left_out_where_no_class_is_predicted(self, digits, monkeypatch):
+        monkeypatch.setattr(LitNet, "predict_step", lambda self, batch, index: self(batch[0]).sum())
+        assert "does not return a score for each" in written(digits).sections["confusion"]
+
+
+class TestAReceipt:
+    def test_lists_all_that_is_in_a_message(self):
+        record = receipt.describe(answer(NUM_STEPS_CURRENT_ROUND=12))
+        assert record["round"] == 0
+        assert record["tensors"] == [
+            {"name": "model.fc3.weight", "shape": [10, 84], "dtype": "float32", "bytes": 3360},
+            {"name": "model.fc3.bias", "shape": [10], "dtype": "float32", "bytes": 40},
+        ]
+        assert record["metrics"] == ["val_loss", "val_acc"]
+        assert record["meta"]["NUM_STEPS_CURRENT_ROUND"] == "int"
+        assert record["headers"]["current_round"] == "int"
+
+    def test_lists_the_metrics_of_an_evaluation(self):
+        record = receipt.describe(DXO(DataKind.METRICS, data={"test_acc": 0.5}).to_shareable())
+        assert (record["metrics"], record["tensors"], record["round"]) == (["test_acc"], [], None)
+
+    def test_lists_what_should_not_be_there(self):
+        picture = np.zeros((3, 32, 32), np.uint8)
+        message = answer(thumbnail=b"\x89PNG" * 25, nested={"patients": ["Ann", picture]})
+        message["beside"] = "text"
+        message.set_header("hidden", picture)
+        record = receipt.describe(message)
+        assert record["meta"]["thumbnail"] == "bytes, length 100"
+        assert record["meta"]["nested/patients/0"] == "str, length 3"
+        assert record["meta"]["beside"] == "str, length 4"
+        named = {tensor["name"]: tensor["shape"] for tensor in record["tensors"]}
+        assert named["DXO/meta/nested/patients/1"] == [3, 32, 32] and named["__headers__/hidden"] == [3, 32, 32]
+        assert "Ann" not in json.dumps(record)
+
+    def test_has_a_row_an_answer(self, run):
+        add_receipt(run, ("site-2", answer()), ("site-1", answer()))
+        page = written(run)
+        rows = [row for row in page.rows["receipt"] if row[0] == "1"]
+        assert [row[1:6] for row in rows] == [
+            ["site-1", "train", "list A: 2", "3,400", "val_loss, val_acc"],
+            ["site-2", "train", "list A: 2", "3,400", "val_loss, val_acc"],
+        ]
+        assert ["model.fc3.weight", "10 × 84", "float32", "3,360"] in page.rows["receipt"]
+        assert "2 answers of 2 sites, 6,800 bytes" in page.sections["receipt"]
+        assert "Every tensor has the name and the shape of a weight" in page.sections["receipt"]
+
+    def test_points_to_what_is_not_of_the_model(self, run):
+        add_receipt(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
+        page = written(run)
+        assert "Not by name and shape a weight of the final model: batch." in page.sections["receipt"]
+        assert ["batch", "16 × 3 × 32 × 32", "float32", "196,608"] in page.rows["receipt"]
+
+
+class TestTheTime:
+    @pytest.fixture
+    def workspace(self, run):
+        workspace = run / "workspace"
+        for name, text in (
+            ("server", SERVER_LOG),
+            ("site-2", LOG.format("02", " ")),
+            ("site-10", LOG.format("03", "")),
+        ):
+            (workspace / name).mkdir(parents=True)
+            (workspace / name / "log.txt").write_text(text, encoding="utf-8")
+        return workspace
+
+    def test_is_told_by_the_logs(self, workspace):
+        found = timing.phases(workspace)
+        assert list(found) == ["site-2", "site-10"]
+        assert found["site-2"] == [
+            (0.0, 10.5, "start"),
+            (10.5, 12.0, "evaluating"),
+            (12.0, 20.25, "computing"),
+            (20.25, 22.0, "evaluating"),
+            (22.0, 25.0, "waiting"),
+            (25.0, 25.75, "evaluating"),
+            (25.75, 30.0, "waiting"),
+        ]
+        sums = timing.totals(found)["site-2"]
+        assert sums == {"start": 10.5, "computing": 8.25, "evaluating": 4.0, "waiting": 7.25}
+
+    def test_is_on_the_page(self, workspace, run):
+        page = written(run)
+        assert "What each site did at each time" in page.plots()
+        assert ["site-10", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
+
+    def test_of_a_process_that_starts_again_is_start_again(self, workspace):
+        log = workspace / "site-2" / "log.txt"
+        again = "2026-01-01 10:00:23,000 - ClientTaskWorker - INFO - ClientTaskWorker started to run\n"
+        log.write_text(log.read_text().replace("2026-01-01 10:00:25,000", again + "2026-01-01 10:00:25,000"))
+        assert (23.0, 25.0, "start") in timing.phases(workspace)["site-2"]
+
+    def test_never_runs_backwards_where_a_clock_is_ahead(self, workspace):
+        log = workspace / "site-2" / "log.txt"
+        log.write_text(log.read_text().replace("10:00:25,750", "10:00:45,750"))
+        spans = timing.phases(workspace)["site-2"]
+        assert all(0 <= start <= end <= 30 for start, end, _ in spans)
+
+    def test_is_unknown_where_a_log_does_not_say(self, workspace, run):
+        log = workspace / "site-2" / "log.txt"
+        log.write_text(log.read_text().replace("--- wait for the server ---", ""))
+        assert timing.phases(workspace) == {}
+        assert timing.totals({}) is None
+        assert "Unknown" in written(run).sections["time"]
+
+    def test_is_what_the_result_says_where_the_logs_are_gone(self, workspace, run):
+        sums = timing.totals(timing.phases(workspace))
+        shutil.rmtree(workspace)
+        (run / "results.json").write_text(json.dumps({**schema.read(run), "timing": sums}), encoding="utf-8")
+        page = written(run)
+        assert ["site-2", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
+        assert "What each site did at each time" not in page.plots()
+
+
+def test_several_runs_are_compared_on_one_page(run, tmp_path):
+    import results
+
+    second = make_run(tmp_path / "<b>second", seed=7)
+    rows = results.compare({run.name: schema.read(run), second.name: schema.read(second)})
+    page = Page(report.write_comparison([run, second], rows, tmp_path / "comparison.html", "My project"))
+    assert ["seed", "0", "7"] in page.rows["table"]
+    assert [attributes for tag, attributes in page.tags if tag == "tr" and attributes] == [{"class": "differs"}]
+    assert page.plots() == ["accuracy by round: first, <b>second", "loss by round: first, <b>second"]
+    assert "b" not in {tag for tag, _ in page.tags}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_shows_it(digits, tmp_path):
+    from PIL import Image
+
+    add_receipt(digits, ("site-1", answer()))
+    page, picture = report.write(digits, "My project"), tmp_path / "page.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [CHROMIUM, *flags, "--window-size=1200,4000", f"--screenshot={picture}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    white = (pixels == 255).all(axis=2)
+    assert pixels.shape == (4000, 1200, 3)
+    assert not white[:2500].all(axis=1).reshape(-1, 500).all(axis=1).any()  # something is in every part of the page
+    blue = (pixels[..., 2].astype(int) - pixels[..., 0] > 60).sum()
+    assert blue > 5000  # the heat maps and the lines

@@ -1,0 +1,146 @@
+"""results.py and results.json: what is shown, which files can be read, what is refused."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+import results
+from conftest import PROJECT
+from federation import schema
+
+OLDER = PROJECT / "tests" / "results_version_0.json"  # as the program wrote it before its files had a version
+COUNTS = {f"site-{i}": {"cat": 10 * i, "dog": 5} for i in (1, 2, 3)}
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A folder of runs with one in it, `first`."""
+    monkeypatch.setattr("results.RUNS", tmp_path)
+    add_run(tmp_path / "first")
+    return tmp_path
+
+
+def add_run(folder, **changes):
+    folder.mkdir()
+    result = json.loads(OLDER.read_text(encoding="utf-8"))
+    (folder / "results.json").write_text(json.dumps({**result, **changes}), encoding="utf-8")
+    (folder / "partition.json").write_text(json.dumps({"counts": COUNTS}), encoding="utf-8")
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Run results.py in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["results.py", *arguments])
+        code = results.main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+class TestASchema:
+    def test_of_an_older_version_is_read(self, runs):
+        result = schema.read(runs / "first")
+        assert result["version"] == 0
+        assert result["rounds"][3]["accuracy"] == 0.22622622459291578
+        assert result["rounds"][3]["loss"] is None
+        assert result["rounds"][3]["losses"] == {"site-1": None, "site-2": None, "site-3": None}
+        assert (result["sha256"], result["timing"], result["versions"]) == (None, None, {})
+
+    def test_of_this_version_keeps_what_it_has(self, runs):
+        add_run(runs / "second", version=schema.VERSION, sha256="12ab", versions={"torch": "3.0"})
+        result = schema.read(runs / "second")
+        assert (result["version"], result["sha256"], result["versions"]) == (schema.VERSION, "12ab", {"torch": "3.0"})
+
+    def test_documents_every_key_that_a_run_writes(self, runs):
+        for key in schema.read(runs / "first"):
+            assert f"`{key}`" in schema.__doc__, key
+
+    def test_knows_the_versions_of_what_it_depends_on(self):
+        versions = schema.versions()
+        assert set(versions) == {"python", "nvflare", "torch", "lightning"}
+        assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+        assert versions["python"] == sys.version.split()[0]
+
+
+BROKEN = {
+    "newer": ('{"version": 99}', "has version 99, and this project reads up to 1"),
+    "cut short": ('{"version": 1, "rou', "is broken: run python job.py again"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("flags", [(), ("--html",), ("first",)], ids=["shown", "as a page", "beside another"])
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(runs, program, fault, flags):
+    text, message = BROKEN[fault]
+    add_run(runs / "bad")
+    (runs / "bad" / "results.json").write_text(text, encoding="utf-8")
+    code, out, err = program("bad", *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("results.py: ") and err.count("\n") == 1
+    assert message in err
+    assert not list(runs.rglob("*.html"))
+
+
+def test_a_run_that_is_not_there_is_refused_in_one_line(runs, program):
+    code, out, err = program("first", "second")
+    assert (code, out) == (2, "")
+    assert err == f"results.py: {runs / 'second' / 'results.json'} is not there: finish a run with python job.py\n"
+
+
+def test_an_older_run_is_shown(runs, program):
+    code, out, _ = program("first")
+    assert code == 0
+    assert "Final test accuracy 0.195, loss 2.130; worst site site-3" in out
+    assert "Who holds what" in out
+
+
+def test_several_runs_are_set_side_by_side(runs, program):
+    add_run(runs / "second", algorithm="other", n_clients=5)
+    code, out, _ = program("first", "second")
+    assert code == 0
+    table = {words[0]: words[1:] for line in out.splitlines() if len(words := line.rsplit(maxsplit=2)) == 3}
+    assert table["algorithm"] == ["fedavg", "other"]
+    assert table["n_clients"] == ["3", "5"]
+    assert table["num_rounds"] == ["3", "3"]
+    assert table["test accuracy"] == ["0.195", "0.195"]
+    assert table["worst site"] == ["site-3", "site-3"]
+    assert table["its accuracy"] == ["0.066", "0.066"]
+    assert table["seconds"] == ["50", "50"]
+
+
+def test_the_link_to_the_newest_run_is_its_run(runs, program):
+    (runs / "latest").symlink_to("first")
+    assert program() == program("first") == program("latest", "first")
+
+
+def test_a_metric_that_is_missing_is_a_dash(runs, program):
+    test = json.loads(OLDER.read_text(encoding="utf-8"))["test"]
+    add_run(runs / "second", test={**test, "loss": None})
+    assert "loss -" in program("second")[1]
+
+
+def test_html_says_which_file_it_wrote(runs, program):
+    shutil.copytree(runs / "first", runs / "second")
+    code, out, _ = program("first", "second", "--html")
+    assert (code, out) == (0, f"{runs / 'comparison.html'}\n")
+    assert (runs / "comparison.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_a_fingerprint_tells_models_apart_by_every_bit():
+    from federation.environments import fingerprint
+
+    model = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
+    same = {"b": torch.tensor(3), "a": torch.arange(6.0).reshape(2, 3)}
+    assert fingerprint(model) == fingerprint(same)
+    others = [
+        {**model, "a": torch.nextafter(model["a"], torch.tensor(9.0))},
+        {**model, "a": model["a"].reshape(3, 2)},
+        {**model, "a": model["a"].double()},
+        {"c": model["a"], "b": model["b"]},
+    ]
+    assert len({fingerprint(model), *map(fingerprint, others)}) == 5
