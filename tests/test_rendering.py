@@ -44,6 +44,7 @@ FILES = """
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_partition.py
+    trainer.py
 """
 
 

@@ -94,6 +94,7 @@ class TestAFinishedRun:
             "app/custom/federation/quick_start.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
+            "app/custom/trainer.py",
             "meta.json",
         ]
         sent = "".join(path.read_text() for path in job.rglob("*") if path.is_file() and path.suffix != ".pt")
