@@ -95,6 +95,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     result = {
         "dataset": options.dataset,
         "algorithm": "fedavg",
+        "model_class": options.model,
         **{name: getattr(options, name) for name in results.CONFIGURATION},
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
         **outcome,
