@@ -19,6 +19,7 @@ FILES = """
     .gitignore
     README.md
     client.py
+    compare.py
     data.py
     federation/aggregator.py
     federation/catalog.py

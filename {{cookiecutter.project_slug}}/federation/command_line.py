@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(f"{message}; python job.py --help lists the flags")
+        raise UsageError(f"{message}; python {self.prog} --help lists the flags")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
