@@ -40,10 +40,12 @@ FILES = """
     tests/tabular/data.py
     tests/tabular/model.py
     tests/test_catalog.py
+    tests/test_compare.py
     tests/test_data.py
     tests/test_federation.py
     tests/test_image_folder.py
     tests/test_job.py
+    tests/test_model.py
     tests/test_partition.py
     trainer.py
 """

@@ -147,6 +147,8 @@ def train(modules: list, sites: list[str], n_classes: int, options: argparse.Nam
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    # As many threads as each of the sites had: the last bits depend on it, and small networks gain nothing from more.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.n_clients))
     epochs = options.num_rounds * options.local_epochs
     steps = [min(len(module.train_dataloader()), options.max_batches or sys.maxsize) * epochs for module in modules]
     trained = []
