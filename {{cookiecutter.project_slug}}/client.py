@@ -24,6 +24,7 @@ def define_parser():
     parser = argparse.ArgumentParser(description="One site of the federation. job.py says how it is called.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--num_rounds", type=int, required=True)
     parser.add_argument("--local_epochs", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--gpu", action="store_true")
@@ -52,6 +53,7 @@ def main():
     data.prepare_data()
     data.setup("fit")
     model = getattr(models, args.model)(num_classes=len(classes), learning_rate=args.learning_rate)
+    model.num_rounds = args.num_rounds
     # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
     model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train}
 
@@ -62,7 +64,6 @@ def main():
     while flare.is_running():  # (3) one pass is one task of the server
         input_model = flare.receive()  # (4) the global model; the patched trainer loads it by itself
         data.round = model.round = input_model.current_round or 0
-        model.num_rounds = input_model.total_rounds or 1
         seed_everything(training_seed(args.seed, site, data.round), verbose=False)
 
         if flare_client.is_evaluate():  # the server asks what a global model is worth, nothing more

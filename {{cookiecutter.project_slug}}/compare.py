@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import results
-from federation.command_line import Parser, UsageError, models
+from federation.command_line import Parser, UsageError, model_names
 
 ROWS = {
     "centralised": "centralised",
@@ -43,13 +43,16 @@ def main() -> int:
     add("--data_root", default=os.environ.get("FL_DATA_ROOT"), help="that of the run [FL_DATA_ROOT, or the cache]")
     try:
         arguments = parser.parse_args()
-        if arguments.data_root:
-            os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(arguments.data_root))
         folder, result = find_run(arguments.run)
+        if root := arguments.data_root or result.get("data_root"):
+            os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(root))
         comparison = compare(folder, result)
     except UsageError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("compare.py: stopped; nothing is written", file=sys.stderr)
+        return 130
     (folder / "compare.json").write_text(json.dumps(comparison, indent=2), encoding="utf-8")
     plot(comparison, folder / "compare.png")
     show(comparison)
@@ -105,7 +108,7 @@ def compare(folder: Path, result: dict) -> dict:
     kept = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     if kept != json.loads(json.dumps(dataclasses.asdict(holdings))):
         raise UsageError(f"the images are not those of runs/{folder.name}: bring them back, or give their --data_root")
-    if options.model not in models():
+    if options.model not in model_names():
         raise UsageError(f"runs/{folder.name} trained {options.model}, which model.py does not have any more")
 
     pooled = data.pooled(holdings.classes, options)
@@ -113,7 +116,9 @@ def compare(folder: Path, result: dict) -> dict:
     for module in (pooled, *sites.values()):
         module.prepare_data()
         module.setup()
-    centralised, *alone = train([pooled, *sites.values()], ["", *sites], len(holdings.classes), options)
+    # The number of the last round: it counts those of a run that this one went on from, and none that was left out.
+    epochs = result["rounds"][-1]["round"] * options.local_epochs
+    centralised, *alone = train([pooled, *sites.values()], ["", *sites], len(holdings.classes), epochs, options)
 
     console.print("Testing ...")
     images = {site: module.n_test for site, module in sites.items()}
@@ -125,7 +130,7 @@ def compare(folder: Path, result: dict) -> dict:
         "version": 1,
         "run": folder.name,
         "model_class": options.model,
-        "epochs": options.num_rounds * options.local_epochs,
+        "epochs": epochs,
         "seed": options.seed,
         "rows": {
             "centralised": {"all": mean(central, images), "sites": central},
@@ -136,7 +141,7 @@ def compare(folder: Path, result: dict) -> dict:
     }
 
 
-def train(modules: list, sites: list[str], n_classes: int, options: argparse.Namespace) -> list:
+def train(modules: list, sites: list[str], n_classes: int, epochs: int, options: argparse.Namespace) -> list:
     """A model for each data module, trained on its images alone. All begin with the federation's initial weights."""
     import torch
     from pytorch_lightning import seed_everything
@@ -149,7 +154,6 @@ def train(modules: list, sites: list[str], n_classes: int, options: argparse.Nam
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     # As many threads as each of the sites had: the last bits depend on it, and small networks gain nothing from more.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.n_clients))
-    epochs = options.num_rounds * options.local_epochs
     steps = [min(len(module.train_dataloader()), options.max_batches or sys.maxsize) * epochs for module in modules]
     trained = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -163,7 +167,10 @@ def train(modules: list, sites: list[str], n_classes: int, options: argparse.Nam
             model = getattr(models, options.model)(num_classes=n_classes, learning_rate=options.learning_rate)
             seed_everything(training_seed(options.seed, site, 0), verbose=False)
             module.round, model.round, model.num_rounds = 0, 0, 1  # one `fit`, and so one optimizer, for all epochs
-            make_trainer(options, epochs, [step_done]).fit(model, datamodule=module)
+            try:
+                make_trainer(options, epochs, [step_done]).fit(model, datamodule=module)
+            except SystemExit:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from None
             trained.append(model)
             took = time.monotonic() - started
             bar.console.print(f"{name}: {module.n_train} images, {epochs} epochs, {n_steps} steps in {took:.0f} s")

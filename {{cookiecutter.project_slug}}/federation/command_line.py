@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def models() -> list[str]:
+def model_names() -> list[str]:
     """The classes of model.py that derive from LightningModule. They are read, not imported, which takes seconds.
 
     Raises:
@@ -89,7 +89,7 @@ def validate(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name} is {getattr(options, name)}: it must be a number above 0")
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
-    if options.model not in (known := models()):
+    if options.model not in (known := model_names()):
         raise UsageError(f"--model is {options.model!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise UsageError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")

@@ -12,6 +12,7 @@ from federation.aggregator import OrderedMean
 CLIENT_OPTIONS = (
     "model",
     "batch_size",
+    "num_rounds",
     "local_epochs",
     "learning_rate",
     "dataset",

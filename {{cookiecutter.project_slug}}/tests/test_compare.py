@@ -36,6 +36,7 @@ def run(tmp_path, monkeypatch, options):
             **{name: getattr(made, name) for name in results.CONFIGURATION},
             "max_batches": None,
             "device": "cpu",
+            "rounds": [{"round": number} for number in range(made.num_rounds + 1)],
             "test": {"accuracy": ACCURACY, "sites": sites},
         }
         (folder / "results.json").write_text(json.dumps(result))
@@ -102,8 +103,13 @@ def test_a_site_alone_knows_only_its_own_classes(run):
 
 def test_rounds_and_local_epochs_are_one_budget(run):
     folder, result = run(num_rounds=2, local_epochs=1)
-    turned = {**result, "num_rounds": 1, "local_epochs": 2}
+    turned = {**result, "num_rounds": 1, "local_epochs": 2, "rounds": result["rounds"][:2]}
     assert compare.compare(folder, result) == compare.compare(folder, turned)
+
+
+def test_the_rounds_that_were_trained_count_and_not_those_that_were_asked_for(run):
+    folder, result = run(num_rounds=3)
+    assert compare.compare(folder, {**result, "rounds": result["rounds"][:2]})["epochs"] == 1
 
 
 def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
@@ -153,6 +159,14 @@ def test_a_run_whose_images_are_gone_is_refused(run, program, tmp_path):
     (folder / "results.json").write_text(json.dumps({**result, "dataset": "image_folder"}))
     gone = str(tmp_path / "gone")
     assert gone in refused(program, folder, "first", "--data_root", gone)
+
+
+def test_images_are_looked_for_where_the_run_had_them(run, program, tmp_path):
+    folder, result = run()
+    there = str(tmp_path / "there")
+    changed = {**result, "dataset": "image_folder", "data_root": there}
+    (folder / "results.json").write_text(json.dumps(changed))
+    assert there in refused(program, folder, "first")
 
 
 def test_a_run_whose_images_have_changed_is_refused(run, program):

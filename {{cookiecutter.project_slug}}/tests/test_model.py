@@ -10,7 +10,7 @@ from federation import command_line
 from model import LitNet, LitResNet, augment
 
 
-@pytest.mark.parametrize("name", command_line.models())
+@pytest.mark.parametrize("name", command_line.model_names())
 @pytest.mark.parametrize("size", [28, 32, 40, 64])
 def test_every_model_takes_images_of_any_size(name, size):
     model = getattr(models, name)(num_classes=7, learning_rate=0.01).eval()
@@ -20,7 +20,7 @@ def test_every_model_takes_images_of_any_size(name, size):
 
 def test_the_flag_offers_the_lightning_modules_of_model_py():
     defined = [value for value in vars(models).values() if isinstance(value, type) and value.__module__ == "model"]
-    assert command_line.models() == [cls.__name__ for cls in defined if issubclass(cls, LightningModule)]
+    assert command_line.model_names() == [cls.__name__ for cls in defined if issubclass(cls, LightningModule)]
 
 
 def test_the_resnet_has_no_statistics_of_batches():
