@@ -172,8 +172,8 @@ def train(modules: list, sites: list[str], n_classes: int, epochs: int, options:
             except SystemExit:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from None
             trained.append(model)
-            took = time.monotonic() - started
-            bar.console.print(f"{name}: {module.n_train} images, {epochs} epochs, {n_steps} steps in {took:.0f} s")
+            took = f"{time.monotonic() - started:.0f} s"
+            bar.console.print(f"{name}: trained on {module.n_train} images, epochs: {epochs}, steps: {n_steps}, {took}")
     return trained
 
 
@@ -202,7 +202,7 @@ def show(comparison: dict) -> None:
         table.add_column(name, justify="right" if name else "left", no_wrap=True, min_width=max(len(name), 5))
     for key, title in ROWS.items():
         table.add_row(title, *map(share, [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)]))
-    print(f"\nTest accuracy after {comparison['epochs']} epochs ({comparison['model_class']})")
+    print(f"\nTest accuracy ({comparison['model_class']}, epochs: {comparison['epochs']})")
     console.print(table, crop=False)
     if len(sites) < len(rows["federated"]["sites"]):
         print("(not all fits here: compare.json has the rest)")
@@ -241,7 +241,7 @@ def plot(comparison: dict, file: Path) -> None:
     axes.set_ylabel("test accuracy")
     axes.set_ylim(0, 1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{comparison['run']}: {comparison['model_class']}, {comparison['epochs']} epochs")
+    axes.set_title(f"{comparison['run']}: {comparison['model_class']}, epochs: {comparison['epochs']}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file, dpi=150)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import sys
 
 import numpy as np
@@ -61,10 +62,10 @@ def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
     code, out, err = program("first")
     assert (code, err) == (0, "")
     assert [re.sub(r"\d+ s$", "", line) for line in out.splitlines()[:4]] == [
-        "centralised: 1149 images, 1 epochs, 72 steps in ",
-        "site-1 alone: 383 images, 1 epochs, 24 steps in ",
-        "site-2 alone: 383 images, 1 epochs, 24 steps in ",
-        "site-3 alone: 383 images, 1 epochs, 24 steps in ",
+        "centralised: trained on 1149 images, epochs: 1, steps: 72, ",
+        "site-1 alone: trained on 383 images, epochs: 1, steps: 24, ",
+        "site-2 alone: trained on 383 images, epochs: 1, steps: 24, ",
+        "site-3 alone: trained on 383 images, epochs: 1, steps: 24, ",
     ]
     rows = json.loads((folder / "compare.json").read_text())["rows"]
     for key, title in compare.ROWS.items():
@@ -115,7 +116,7 @@ def test_the_rounds_that_were_trained_count_and_not_those_that_were_asked_for(ru
 def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
     folder, result = run()
     compare.compare(folder, {**result, "max_batches": 4})
-    assert "centralised: 1149 images, 1 epochs, 4 steps in " in capsys.readouterr().out
+    assert "centralised: trained on 1149 images, epochs: 1, steps: 4, " in capsys.readouterr().out
 
 
 def test_a_site_without_test_images_has_no_figure(capsys):
@@ -133,6 +134,23 @@ def test_its_plot_shows_sites_without_test_images(tmp_path):
     rows = {key: {"all": 1.0, "sites": {"site-1": 1.0, "site-2": None}} for key in compare.ROWS}
     compare.plot({"run": "first", "epochs": 1, "model_class": "LitNet", "rows": rows}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_ctrl_c_in_training_leaves_nothing(run, program, monkeypatch):
+    import model
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    folder, _ = run()
+    monkeypatch.setattr(model.LitNet, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        code, _, err = program("first")
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
+    assert (code, err) == (130, "compare.py: stopped; nothing is written\n")
+    assert not list(folder.glob("compare.*"))
 
 
 def refused(program, folder, *arguments) -> str:
