@@ -19,6 +19,7 @@ FILES = """
     .gitignore
     README.md
     client.py
+    compare.py
     data.py
     federation/aggregator.py
     federation/catalog.py
@@ -51,15 +52,18 @@ FILES = """
     tests/tabular/model.py
     tests/test_aggregator.py
     tests/test_catalog.py
+    tests/test_compare.py
     tests/test_data.py
     tests/test_display.py
     tests/test_federation.py
     tests/test_image_folder.py
     tests/test_job.py
+    tests/test_model.py
     tests/test_partition.py
     tests/test_report.py
     tests/test_results.py
     tests/test_tracking.py
+    trainer.py
 """
 
 

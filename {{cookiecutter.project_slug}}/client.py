@@ -4,7 +4,6 @@ NVFlare runs this file at every site. It is an ordinary Lightning script but for
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import federation.quick_start  # noqa: F401 (Lightning starts sooner)
@@ -14,16 +13,19 @@ import nvflare.client as flare_client
 import nvflare.client.lightning as flare  # (1) import NVFlare's Lightning client API
 import torch
 from nvflare.app_common.abstract.fl_model import MetaKey
-from pytorch_lightning import Trainer
+from pytorch_lightning import seed_everything
 
+import model as models
 from data import SiteDataModule
 from federation.telemetry import Telemetry
-from model import LitNet
+from trainer import make_trainer, training_seed
 
 
 def define_parser():
     parser = argparse.ArgumentParser(description="One site of the federation. job.py says how it is called.")
+    parser.add_argument("--model", required=True)
     parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--num_rounds", type=int, required=True)
     parser.add_argument("--local_epochs", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--gpu", action="store_true")
@@ -39,22 +41,6 @@ def define_parser():
     return parser
 
 
-def make_trainer(args, callbacks=None):
-    return Trainer(
-        accelerator="gpu" if args.gpu and torch.cuda.is_available() else "cpu",
-        devices=1,
-        callbacks=callbacks,
-        max_epochs=args.local_epochs,
-        check_val_every_n_epoch=sys.maxsize,  # the global model is validated before `fit`, not during it
-        num_sanity_val_steps=0,
-        limit_train_batches=args.max_batches,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-    )
-
-
 def main():
     args = define_parser().parse_args()
 
@@ -68,18 +54,20 @@ def main():
     data = SiteDataModule(site, classes, args)
     data.prepare_data()
     data.setup("fit")
-    model = LitNet(num_classes=len(classes), learning_rate=args.learning_rate)
+    model = getattr(models, args.model)(num_classes=len(classes), learning_rate=args.learning_rate)
+    model.num_rounds = args.num_rounds
     # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
     # Its say in the global model's accuracy is that of its validation images.
     model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train, "val_images": data.n_val}
 
-    trainer = make_trainer(args, [Telemetry(args.tracking)])
-    evaluator = make_trainer(args)
+    trainer = make_trainer(args, args.local_epochs, [Telemetry(args.tracking)])
+    evaluator = make_trainer(args, args.local_epochs)
     flare.patch(trainer, restore_state=False)  # (2) patch the trainer; each round starts with a fresh optimizer
 
     while flare.is_running():  # (3) one pass is one task of the server
         input_model = flare.receive()  # (4) the global model; the patched trainer loads it by itself
-        data.round = input_model.current_round or 0
+        data.round = model.round = input_model.current_round or 0
+        seed_everything(training_seed(args.seed, site, data.round), verbose=False)
 
         if flare_client.is_evaluate():  # the server asks what a global model is worth, nothing more
             print(f"[Site = {site}] --- evaluate global model ---")

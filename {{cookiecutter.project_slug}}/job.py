@@ -100,8 +100,10 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
         "version": schema.VERSION,
         "dataset": options.dataset,
         "algorithm": "fedavg",
+        "model_class": options.model,
         **{name: getattr(options, name) for name in results.CONFIGURATION},
         "data_root": options.data_root,
+        "max_batches": options.max_batches,  # of an epoch, in a check; else all
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
         **outcome,
         "wall_s": round(time.monotonic() - START, 2),

@@ -50,7 +50,8 @@ def show(result: dict) -> None:
         table.add_row(_after(entry["round"]), _share(entry["accuracy"]), *map(_share, row))
     table.add_section()
     test, best = result["test"], result["best"]
-    for name, its_test in (("final test", test), (f"best test (round {best['round']})", best["test"])):
+    tests = {"final test": test, **({f"best test (round {best['round']})": best["test"]} if best else {})}
+    for name, its_test in tests.items():
         row = (its_test["sites"][site]["accuracy"] for site in sites[:MAX_COLUMNS])
         table.add_row(name, _share(its_test["accuracy"]), *map(_share, row))
     title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"

@@ -12,6 +12,7 @@ PARTITION = "iid"  # how a simulation deals images to sites: iid, dirichlet, sha
 ALPHA = 0.5  # of dirichlet: the smaller, the less alike the sites
 SHARDS_PER_SITE = 2  # of shards
 
+MODEL = "LitNet"  # a LightningModule of model.py
 NUM_ROUNDS = {{ cookiecutter.rounds | int }}
 LOCAL_EPOCHS = 1  # passes over a site's training images in a round
 BATCH_SIZE = 16

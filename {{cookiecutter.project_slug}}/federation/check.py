@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from model import LitNet
+import model as models
 
 
 def find_fault(folder: Path, result: dict, sites: list[str], n_classes: int) -> str | None:
@@ -21,10 +21,12 @@ def find_fault(folder: Path, result: dict, sites: list[str], n_classes: int) -> 
         return f"no word from {', '.join(silent)}"
     initial = torch.load(folder / "bundle" / "initial.pt", weights_only=True)
     final = torch.load(folder / result["model"], weights_only=True)
+    name = result["model_class"]
+    model = getattr(models, name)(num_classes=n_classes, learning_rate=result["learning_rate"])
     try:
-        LitNet(num_classes=n_classes, learning_rate=result["learning_rate"]).load_state_dict(final)
+        model.load_state_dict(final)
     except RuntimeError as error:
-        return f"the new global model does not load into LitNet: {str(error).splitlines()[-1].strip()}"
+        return f"the new global model does not load into {name}: {str(error).splitlines()[-1].strip()}"
     if all(torch.allclose(initial[name], final[name]) for name in initial):  # averaging alone rounds the last bits
         return "the new global model is the same as the initial one"
     if not all(torch.isfinite(tensor).all() for tensor in final.values()):

@@ -1,6 +1,7 @@
 """job.py's command line: its flags, their defaults from settings.py, and what is refused before anything starts."""
 
 import argparse
+import ast
 import importlib.util
 import os
 import re
@@ -25,7 +26,7 @@ class UsageError(Exception):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(f"{message}; python job.py --help lists the flags")
+        raise UsageError(f"{message}; python {self.prog} --help lists the flags")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Defaults, in brackets, are in settings.py.",
     )
     add = parser.add_argument
+    add("--model", default=settings.MODEL, help="a LightningModule of model.py [%(default)s]")
     add("--n_clients", type=int, default=settings.N_CLIENTS, help="number of sites [%(default)s]")
     add("--num_rounds", type=int, default=settings.NUM_ROUNDS, help="rounds of training [%(default)s]")
     add("--local_epochs", type=int, default=settings.LOCAL_EPOCHS, help="a site's epochs in a round [%(default)s]")
@@ -62,6 +64,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def model_names() -> list[str]:
+    """The classes of model.py that derive from LightningModule. They are read, not imported, which takes seconds.
+
+    Raises:
+        UsageError: model.py is not Python.
+    """
+    try:
+        code = ast.parse((PROJECT / "model.py").read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise UsageError(f"model.py, line {error.lineno}: {error.msg}") from None
+    found = ["LightningModule"]
+    for node in code.body:
+        if isinstance(node, ast.ClassDef) and {ast.unparse(base).split(".")[-1] for base in node.bases} & set(found):
+            found.append(node.name)
+    return found[1:]
+
+
 def validate(options: argparse.Namespace) -> None:
     """Refuse what cannot work, and resolve what depends on something else.
 
@@ -76,6 +95,8 @@ def validate(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name} is {getattr(options, name)}: it must be a number above 0")
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
+    if options.model not in (known := model_names()):
+        raise UsageError(f"--model is {options.model!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise UsageError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")
     if options.name == "latest" or (options.name and (PROJECT / "runs" / options.name).exists()):

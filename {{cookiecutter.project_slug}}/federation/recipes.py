@@ -5,13 +5,15 @@ from pathlib import Path
 import torch
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 
+import model as models
 from federation.aggregator import OrderedMean
 from federation.evaluation import FinalEvaluation
 from federation.receipt import Receipt
-from model import LitNet
 
 CLIENT_OPTIONS = (
+    "model",
     "batch_size",
+    "num_rounds",
     "local_epochs",
     "learning_rate",
     "dataset",
@@ -38,12 +40,12 @@ def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
     torch.manual_seed(options.seed)
     bundle = run / "bundle"  # travels with the job, beside the code
     bundle.mkdir()
-    torch.save(LitNet(**model_args).state_dict(), bundle / "initial.pt")
+    torch.save(getattr(models, options.model)(**model_args).state_dict(), bundle / "initial.pt")
     (bundle / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 
     recipe = FedAvgRecipe(
         name="job",
-        model={"class_path": "model.LitNet", "args": model_args},
+        model={"class_path": f"model.{options.model}", "args": model_args},
         initial_ckpt=str(bundle / "initial.pt"),
         min_clients=options.n_clients,
         num_rounds=options.num_rounds,

@@ -3,9 +3,10 @@
 | key | what |
 |---|---|
 | `version` | of this schema: 1. Files without it are of version 0 |
-| `dataset`, `algorithm` | what was trained on, and how |
+| `dataset`, `algorithm`, `model_class` | what was trained on, how, and which class of model.py |
 | `partition`, `alpha`, `shards_per_site`, `n_clients`, `num_rounds`, `image_size`, `batch_size`, `local_epochs`, \
 `learning_rate`, `seed` | the flags of job.py |
+| `max_batches` | training batches of an epoch in a check; null: all |
 | `data_root` | where the images were on the machine that made the run; null: in the cache. Not shown in reports |
 | `device` | `cpu`, or the GPU's name |
 | `rounds` | the global model on the sites' validation images after `round` = 0, 1, 2, ... rounds: `accuracy` and \
@@ -13,6 +14,8 @@
 | `test` | the final model on the test images: `accuracy`, `loss` of all sites; `sites`: site -> `accuracy`, `loss`, \
 `images`; `worst`: the site of the lowest accuracy |
 | `model` | the file of the final model |
+| `best` | the model of the highest validation accuracy, the final one included: after which `round`, its file \
+`model`, its `test` |
 | `sha256` | of its tensors: `federation.environments.fingerprint` |
 | `timing` | site -> seconds of `start`, `computing`, `evaluating`, `waiting`; null where the logs do not say |
 | `wall_s` | seconds from the command to the end |
@@ -59,8 +62,8 @@ def read(run: Path) -> dict:
     for entry in result["rounds"]:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
-    missing = {"version": 0, "data_root": None, "sha256": None, "timing": None, "versions": {}}
-    return {**missing, **result}
+    missing = dict.fromkeys(("model_class", "best", "max_batches", "data_root", "sha256", "timing"))
+    return {"version": 0, "versions": {}, **missing, **result}
 
 
 def read_json(path: Path):

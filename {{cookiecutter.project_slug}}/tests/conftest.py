@@ -16,6 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 SURROUNDINGS = ("FL_DATA_ROOT", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 OPTIONS = {
+    "model": "LitNet",
     "dataset": "digits",
     "image_size": 32,
     "partition": "iid",

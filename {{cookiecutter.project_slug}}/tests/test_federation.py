@@ -48,11 +48,13 @@ def finished(tmp_path_factory, session_cache) -> Project:
 class TestAFinishedRun:
     def test_records_how_it_was_made(self, finished):
         made = {
-            name: finished.result[name] for name in ("dataset", "algorithm", "partition", "n_clients", "num_rounds")
+            name: finished.result[name]
+            for name in ("dataset", "algorithm", "model_class", "partition", "n_clients", "num_rounds")
         }
         assert made == {
             "dataset": "digits",
             "algorithm": "fedavg",
+            "model_class": "LitNet",
             "partition": "dirichlet",
             "n_clients": 3,
             "num_rounds": 2,
@@ -125,6 +127,7 @@ class TestAFinishedRun:
             "app/custom/federation/telemetry.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
+            "app/custom/trainer.py",
             "meta.json",
         ]
         sent = "".join(path.read_text() for path in job.rglob("*") if path.is_file() and path.suffix != ".pt")
@@ -188,7 +191,7 @@ class TestAFinishedRun:
         for record in trained:
             assert {t["name"]: (t["shape"], t["bytes"]) for t in record["tensors"]} == weights
             assert sorted(record["metrics"]) == ["val_acc", "val_loss"]
-            assert set(record["meta"]) == {"kind", "NUM_STEPS_CURRENT_ROUND"}
+            assert set(record["meta"]) == {"kind", "NUM_STEPS_CURRENT_ROUND", "val_images"}
         evaluated = [record for record in records if record["task"] != "train"]
         assert {record["site"] for record in evaluated} == {"site-1", "site-2", "site-3"}
         for record in evaluated:
@@ -206,6 +209,22 @@ class TestAFinishedRun:
         assert "had reported" not in page
         assert "What each site did at each time" in page
         assert "Every tensor has the name and the shape of a weight of the final model" in page
+
+    def test_can_be_compared_with_no_federation_and_without_nvflare(self, finished):
+        program = (
+            "import runpy, sys; sys.argv = ['compare.py']; sys.path.insert(0, '.'); sys.modules['nvflare'] = None\n"
+            "runpy.run_path('compare.py', run_name='__main__')\n"
+        )
+        compared = finished.run("-c", program)
+        assert compared.returncode == 0, compared.stderr
+        assert compared.stderr == ""
+        assert len(compared.stdout.splitlines()) <= 20
+        comparison = json.loads((self.folder(finished) / "compare.json").read_text())
+        test = finished.result["test"]
+        sites = {site: own["accuracy"] for site, own in test["sites"].items()}
+        assert comparison["rows"]["federated"] == {"all": test["accuracy"], "sites": sites}
+        assert comparison["epochs"] == 2
+        assert comparison["rows"]["centralised"]["all"] > comparison["rows"]["alone_on_all"]["all"]
 
     def test_leaves_no_process(self, finished):
         assert finished.processes() == []
@@ -290,8 +309,33 @@ def test_other_data_and_another_model_need_no_other_change(project):
     report = (project.folder / "runs" / "table" / "report.html").read_text(encoding="utf-8")
     assert f"Confusion matrix of all sites: {result['test']['accuracy']:.3f} of " in report
     assert "malignant" in report
+    compared = project.run("compare.py")
+    assert (compared.returncode, compared.stderr) == (0, "")
+    rows = json.loads((project.folder / "runs" / "table" / "compare.json").read_text())["rows"]
+    assert rows["centralised"]["all"] > 0.9 and len(rows["alone"]["sites"]) == result["n_clients"]
     check = project.run("job.py", "--check")
     assert check.returncode == 0 and "CHECK PASSED" in check.stdout
+
+
+@pytest.mark.slow
+def test_the_federation_of_one_site_in_one_round_is_that_site_alone(project):
+    flags = ["--n_clients", "1", "--num_rounds", "1", "--local_epochs", "3"]
+    run = project.run("job.py", "--dataset", "digits", "--name", "one", *flags)
+    assert run.returncode == 0, run.stderr
+    assert project.run("compare.py", "one").returncode == 0
+    rows = json.loads((project.folder / "runs" / "one" / "compare.json").read_text())["rows"]
+    assert rows["federated"] == rows["alone"]
+    assert rows["federated"]["all"] > 0.2
+
+
+@pytest.mark.slow
+def test_another_model_of_model_py_is_trained_where_it_is_named(project):
+    run = project.run("job.py", "--check", "--dataset", "digits", "--model", "LitResNet", "--name", "res")
+    assert run.returncode == 0, run.stderr
+    result = json.loads((project.folder / "runs" / "res" / "results.json").read_text())
+    assert (result["model_class"], result["max_batches"]) == ("LitResNet", 4)
+    final = torch.load(project.folder / "runs" / "res" / "final.pt", weights_only=True)
+    assert final["model.conv1.weight"].shape == (64, 3, 3, 3)
 
 
 @pytest.mark.slow

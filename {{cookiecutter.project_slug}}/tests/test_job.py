@@ -25,6 +25,7 @@ BAD_FLAGS = {
     "an unknown data set": (["--dataset", "imagenet"], "argument --dataset: invalid choice: 'imagenet'"),
     "an unknown partition": (["--partition", "fair"], "argument --partition: invalid choice: 'fair'"),
     "an unknown tracker": (["--tracking", "paper"], "argument --tracking: invalid choice: 'paper'"),
+    "an unknown model": (["--model", "Net"], "--model is 'Net': model.py has LitNet, LitResNet"),
     "an unknown flag": (["--rounds", "2"], "unrecognized arguments: --rounds 2"),
     "words for a number": (["--n_clients", "two"], "argument --n_clients: invalid int value: 'two'"),
     "a path for a name": (["--name", "../x"], "--name is '../x': letters, digits"),
@@ -156,6 +157,13 @@ def test_prepare_data_gets_the_data_ready_and_stops(project):
     assert (run.returncode, run.stdout) == (0, "digits is ready\n")
     assert not (project.folder / "runs").exists()
     assert os.listdir(os.environ["XDG_CACHE_HOME"])
+
+
+def test_a_model_file_that_is_not_python_is_refused(project):
+    project.replace("model.py", "class LitNet(LightningModule):", "class LitNet(LightningModule:")
+    run = project.run("job.py", "--dataset", "digits")
+    assert run.returncode == 2
+    assert re.fullmatch(r"job.py: model.py, line \d+: .*\n", run.stderr)
 
 
 def test_without_a_run_results_says_what_to_do(project):

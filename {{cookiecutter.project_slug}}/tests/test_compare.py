@@ -1,0 +1,205 @@
+"""compare.py on digits, in this process: what it trains on, what it measures, what it refuses."""
+
+import dataclasses
+import json
+import re
+import signal
+import sys
+
+import numpy as np
+import pytest
+
+import compare
+import data
+import results
+
+ACCURACY = 0.5  # of the global model, as these tests have it
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, options):
+    """run(**changes): the folder of a run, with the files that job.py leaves there, and its result."""
+    monkeypatch.setattr(results, "RUNS", tmp_path)
+
+    def make(**changes):
+        made = options(**{"num_rounds": 1, "local_epochs": 1, "learning_rate": 0.01, **changes})
+        folder = tmp_path / "first"
+        folder.mkdir()
+        holdings = data.describe(made)
+        (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)))
+        sites = {
+            site: {"accuracy": ACCURACY, "loss": 1.0, "images": len(own["test"])}
+            for site, own in holdings.sites.items()
+        }
+        result = {
+            "dataset": made.dataset,
+            "model_class": made.model,
+            **{name: getattr(made, name) for name in results.CONFIGURATION},
+            "max_batches": None,
+            "device": "cpu",
+            "rounds": [{"round": number} for number in range(made.num_rounds + 1)],
+            "test": {"accuracy": ACCURACY, "sites": sites},
+        }
+        (folder / "results.json").write_text(json.dumps(result))
+        return folder, result
+
+    return make
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(*arguments): (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+        return compare.main(), *capsys.readouterr()
+
+    return call
+
+
+def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
+    folder, _ = run(n_clients=3)
+    code, out, err = program("first")
+    assert (code, err) == (0, "")
+    assert [re.sub(r"\d+ s$", "", line) for line in out.splitlines()[:4]] == [
+        "centralised: trained on 1149 images, epochs: 1, steps: 72, ",
+        "site-1 alone: trained on 383 images, epochs: 1, steps: 24, ",
+        "site-2 alone: trained on 383 images, epochs: 1, steps: 24, ",
+        "site-3 alone: trained on 383 images, epochs: 1, steps: 24, ",
+    ]
+    rows = json.loads((folder / "compare.json").read_text())["rows"]
+    for key, title in compare.ROWS.items():
+        figures = [rows[key]["all"], *rows[key]["sites"].values()]
+        line = next(line for line in out.splitlines() if line.startswith(f"{title}  "))
+        assert line.removeprefix(title).split() == [f"{value:.3f}" for value in figures]
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Against pooling the images: {ACCURACY - rows['centralised']['all']:+.3f}" in out
+
+
+def test_the_same_run_gives_the_same_figures(run):
+    folder, result = run()
+    assert compare.compare(folder, result) == compare.compare(folder, result)
+
+
+def test_every_mean_is_that_of_the_federated_figure(run):
+    """Sites count by their test images, so that the pooled test images are counted once each."""
+    folder, result = run(n_clients=3, partition="dirichlet", alpha=0.3)
+    images = {site: test["images"] for site, test in result["test"]["sites"].items()}
+    assert len(set(images.values())) > 1
+    rows = compare.compare(folder, result)["rows"]
+    for key in ("centralised", "alone"):
+        values = [rows[key]["sites"][site] for site in images]
+        assert rows[key]["all"] == pytest.approx(np.average(values, weights=list(images.values())))
+    assert rows["alone_on_all"]["all"] == pytest.approx(np.mean(list(rows["alone_on_all"]["sites"].values())))
+    assert rows["federated"] == {"all": ACCURACY, "sites": dict.fromkeys(images, ACCURACY)}
+
+
+def test_a_site_alone_knows_only_its_own_classes(run):
+    """With a shard of few classes each, a site is good on its own test images and poor on everyone's."""
+    folder, result = run(partition="shards", shards_per_site=1, local_epochs=5)
+    rows = compare.compare(folder, result)["rows"]
+    assert rows["alone"]["all"] > rows["alone_on_all"]["all"] + 0.2
+    assert max(rows["alone_on_all"]["sites"].values()) < 0.65  # five or six of ten classes
+
+
+def test_rounds_and_local_epochs_are_one_budget(run):
+    folder, result = run(num_rounds=2, local_epochs=1)
+    turned = {**result, "num_rounds": 1, "local_epochs": 2, "rounds": result["rounds"][:2]}
+    assert compare.compare(folder, result) == compare.compare(folder, turned)
+
+
+def test_the_rounds_that_were_trained_count_and_not_those_that_were_asked_for(run):
+    folder, result = run(num_rounds=3)
+    assert compare.compare(folder, {**result, "rounds": result["rounds"][:2]})["epochs"] == 1
+
+
+def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
+    folder, result = run()
+    compare.compare(folder, {**result, "max_batches": 4})
+    assert "centralised: trained on 1149 images, epochs: 1, steps: 4, " in capsys.readouterr().out
+
+
+def test_a_site_without_test_images_has_no_figure(capsys):
+    def row(first, all_sites):
+        return {"all": all_sites, "sites": {"site-1": first, "site-2": None}}
+
+    rows = {key: row(0.5, 0.5) for key in compare.ROWS}
+    compare.show({"epochs": 1, "model_class": "LitNet", "rows": rows})
+    out = capsys.readouterr().out
+    assert re.search(r"^federated +0\.500 +0\.500 +-$", out, re.MULTILINE)
+    assert "0 of 1 sites gain" in out
+
+
+def test_its_plot_shows_sites_without_test_images(tmp_path):
+    rows = {key: {"all": 1.0, "sites": {"site-1": 1.0, "site-2": None}} for key in compare.ROWS}
+    compare.plot({"run": "first", "epochs": 1, "model_class": "LitNet", "rows": rows}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_ctrl_c_in_training_leaves_nothing(run, program, monkeypatch):
+    import model
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    folder, _ = run()
+    monkeypatch.setattr(model.LitNet, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        code, _, err = program("first")
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
+    assert (code, err) == (130, "compare.py: stopped; nothing is written\n")
+    assert not list(folder.glob("compare.*"))
+
+
+def refused(program, folder, *arguments) -> str:
+    code, out, err = program(*arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"compare.py: .*\n", err)
+    assert not folder.exists() or not list(folder.glob("compare.*"))
+    return err
+
+
+def test_no_run_is_refused(run, program, tmp_path):
+    assert "there is no runs/latest: finish a run with python job.py" in refused(program, tmp_path)
+    assert "there is no runs/other" in refused(program, tmp_path, "other")
+
+
+def test_an_unfinished_run_is_refused(run, program):
+    folder, _ = run()
+    (folder / "results.json").unlink()
+    assert "runs/first has no results.json: it is not finished" in refused(program, folder, "runs/first/")
+
+
+def test_a_run_whose_images_are_gone_is_refused(run, program, tmp_path):
+    folder, result = run()
+    (folder / "results.json").write_text(json.dumps({**result, "dataset": "image_folder"}))
+    gone = str(tmp_path / "gone")
+    assert gone in refused(program, folder, "first", "--data_root", gone)
+
+
+def test_images_are_looked_for_where_the_run_had_them(run, program, tmp_path):
+    folder, result = run()
+    there = str(tmp_path / "there")
+    changed = {**result, "dataset": "image_folder", "data_root": there}
+    (folder / "results.json").write_text(json.dumps(changed))
+    assert there in refused(program, folder, "first")
+
+
+def test_a_run_whose_images_have_changed_is_refused(run, program):
+    folder, _ = run()
+    partition = json.loads((folder / "partition.json").read_text())
+    partition["sites"]["site-1"]["train"].pop()
+    (folder / "partition.json").write_text(json.dumps(partition))
+    assert "the images are not those of runs/first" in refused(program, folder, "first")
+
+
+def test_a_run_of_a_model_that_is_gone_is_refused(run, program):
+    folder, result = run()
+    (folder / "results.json").write_text(json.dumps({**result, "model_class": "LitOld"}))
+    assert "LitOld, which model.py does not have any more" in refused(program, folder, "first")
+
+
+def test_a_wrong_flag_is_refused(program, tmp_path):
+    assert "python compare.py --help lists the flags" in refused(program, tmp_path, "--rounds", "2")

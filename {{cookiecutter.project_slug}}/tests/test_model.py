@@ -1,0 +1,128 @@
+"""The models: their shapes, what they normalise by, and what they do to a training batch."""
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+import model as models
+from federation import command_line
+from model import LitNet, LitResNet, augment
+
+
+@pytest.mark.parametrize("name", command_line.model_names())
+@pytest.mark.parametrize("size", [28, 32, 40, 64])
+def test_every_model_takes_images_of_any_size(name, size):
+    model = getattr(models, name)(num_classes=7, learning_rate=0.01).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_the_flag_offers_the_lightning_modules_of_model_py():
+    defined = [value for value in vars(models).values() if isinstance(value, type) and value.__module__ == "model"]
+    assert command_line.model_names() == [cls.__name__ for cls in defined if issubclass(cls, LightningModule)]
+
+
+def test_the_resnet_has_no_statistics_of_batches():
+    layers = list(LitResNet().modules())
+    assert not any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in layers)
+    assert sum(isinstance(layer, torch.nn.GroupNorm) for layer in layers) == 20  # one for each convolution
+    assert not any("running" in name for name in LitResNet().state_dict())
+
+
+def test_the_resnet_does_not_shrink_small_images_before_the_first_block():
+    seen = []
+    model = LitResNet().eval()
+    model.model.layer1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 32, 32))
+    assert seen == [(1, 64, 32, 32)]
+
+
+def test_one_seed_gives_the_same_augmentation_and_another_one_does_not():
+    x = torch.rand(8, 3, 32, 32)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(augment(x))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_an_augmented_image_is_a_shifted_piece_of_the_padded_one_or_its_mirror_image():
+    torch.manual_seed(0)
+    x = torch.rand(32, 3, 12, 12)
+    padded = torch.nn.functional.pad(x, (4,) * 4, mode="reflect")
+    kinds = set()
+    for image, source in zip(augment(x), padded, strict=True):
+        pieces = source.unfold(1, 12, 1).unfold(2, 12, 1)  # (3, 9, 9, 12, 12)
+        places = {
+            (flipped, down, right)
+            for flipped, wanted in ((False, image), (True, image.flip(-1)))
+            for down in range(9)
+            for right in range(9)
+            if torch.equal(pieces[:, down, right], wanted)
+        }
+        assert len(places) == 1
+        kinds |= places
+    assert {flipped for flipped, _, _ in kinds} == {True, False}
+    assert len(kinds) > 16  # each image has its own
+
+
+class Watched(LitResNet):
+    """Small enough for a test; notes the images that its network gets, and the learning rates."""
+
+    def __init__(self):
+        super().__init__(num_classes=2)
+        self.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+        self.seen, self.rates = [], []
+
+    def forward(self, x):
+        self.seen.append(x.detach().clone())
+        return super().forward(x)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def make_trainer() -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@pytest.fixture
+def loader():
+    return DataLoader(TensorDataset(torch.rand(12, 3, 8, 8), torch.arange(12) % 2), batch_size=4)
+
+
+def test_images_are_augmented_in_training_only(loader):
+    trainer = make_trainer()
+    originals = loader.dataset.tensors[0]
+    model = Watched()
+    trainer.validate(model, loader, verbose=False)
+    trainer.test(model, loader, verbose=False)
+    trainer.predict(model, loader)
+    assert torch.equal(torch.cat(model.seen), originals.repeat(3, 1, 1, 1))
+    model.seen.clear()
+    trainer.fit(model, loader)
+    assert not torch.equal(torch.cat(model.seen), originals.repeat(2, 1, 1, 1))
+
+
+def test_the_learning_rate_falls_along_a_half_cosine_over_all_rounds(loader):
+    model = Watched()
+    model.num_rounds = 3
+    for model.round in range(3):
+        make_trainer().fit(model, loader)
+    steps = torch.arange(18, dtype=torch.float64)  # 3 rounds of 2 epochs of 3 batches
+    assert model.rates == pytest.approx((0.005 * (1 + torch.cos(torch.pi * steps / 18))).tolist())
+
+
+def test_the_small_model_needs_to_know_of_no_round():
+    images = TensorDataset(torch.rand(4, 3, 16, 16), torch.arange(4) % 2)
+    make_trainer().fit(LitNet(2), DataLoader(images, batch_size=2))
