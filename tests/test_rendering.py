@@ -28,6 +28,7 @@ FILES = """
     federation/partition.py
     federation/quick_start.py
     federation/recipes.py
+    install.py
     job.py
     model.py
     prepare_data.sh
