@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, run, surroundings
+from conftest import PROJECT, TEMPLATE, run, surroundings
 
 INDEX = "https://download.pytorch.org/whl/cpu"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -104,7 +105,7 @@ def test_a_venv_that_has_all_is_left_alone(project):
     assert project.asked_of_uv() == [] and mine.exists()
 
 
-@pytest.fixture(params=["folder", "file", "dangling link", "too old", "no interpreter"])
+@pytest.fixture(params=["no interpreter", "file", "dangling link", "too old", "interpreter is gone"])
 def broken(request, project) -> Path:
     """A .venv that cannot be used."""
     if request.param == "file":
@@ -113,10 +114,11 @@ def broken(request, project) -> Path:
         project.venv.symlink_to("nowhere")
     else:
         (project.venv / "bin").mkdir(parents=True)
+        (project.venv / "pyvenv.cfg").touch()
         if request.param == "too old":
             (project.venv / "bin" / "python").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
             (project.venv / "bin" / "python").chmod(0o755)
-        elif request.param == "no interpreter":
+        elif request.param == "interpreter is gone":
             (project.venv / "bin" / "python").symlink_to("/nowhere/python")
     return project.venv
 
@@ -131,6 +133,14 @@ def test_a_broken_venv_is_only_removed_where_this_python_has_all(project, broken
     project.require("pytest>=8")
     assert project.install()[0] == 0
     assert not os.path.lexists(broken) and project.asked_of_uv() == []
+
+
+def test_a_folder_that_is_no_environment_is_never_removed(project):
+    (project.path / "mine").mkdir()
+    (project.path / "mine" / "thesis.tex").touch()
+    code, said = project.install("--venv", "mine")
+    assert (code, said.count("\n")) == (1, 1) and "is no virtual environment" in said
+    assert (project.path / "mine" / "thesis.tex").exists() and project.asked_of_uv() == []
 
 
 def test_another_folder_and_other_requirements_are_used_whatever_this_python_has(project):
@@ -324,6 +334,22 @@ def test_the_default_pytorch_is_taken_without_asking_that_index_for_wheels(proje
     assert not any("--index-url" in line for line in project.asked_of_uv())
     asks = sys.platform == "linux" and why in ("refused", "not found", "silent")
     assert ("Asking" in said, "No answer: taking the default one" in said) == (asks, asks)
+
+
+def test_the_templates_make_uses_it(project, tmp_path):
+    template = tmp_path / "template"
+    (template / PROJECT.name).mkdir(parents=True)
+    for path in (TEMPLATE / "Makefile", TEMPLATE / "requirements-dev.txt"):
+        shutil.copy(path, template)
+    for name in ("install.py", "requirements.txt"):
+        shutil.copy(PROJECT / name, template / PROJECT.name)
+    no_network = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), NOWHERE)
+    command = ["make", f"PYTHON={sys.executable}", ".venv/ready"]
+    code, said = run(command, template, {**project.variables, **no_network})
+    assert code == 0 and (template / ".venv" / "ready").exists(), said
+    assert project.asked_of_uv()[-1].endswith(
+        "/template/.venv/bin/python --quiet -r requirements-dev.txt -r {{cookiecutter.project_slug}}/requirements.txt"
+    )
 
 
 @pytest.mark.slow

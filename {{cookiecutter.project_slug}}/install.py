@@ -64,6 +64,8 @@ def install(options: argparse.Namespace) -> None:
     python = venv / "bin" / "python"
     lacks = ask(python, options.files)
     is_new = lacks is None
+    if is_new and venv.is_dir() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
+        raise InstallError(f"{venv} is no virtual environment: remove it or move it away, and try again")
     if is_new and not options.venv and not lacking(options.files):
         if not options.plan:
             remove(venv)  # a broken one: prepare_data.sh would take it
@@ -71,12 +73,8 @@ def install(options: argparse.Namespace) -> None:
     if lacks == []:
         print(f"{python} has all that is needed", flush=True)
         return
-    if options.gpu is None:
-        import settings
-
-        options.gpu = settings.USE_GPU
-    without_cuda = sys.platform == "linux" and not options.gpu
     uv = shutil.which("uv")
+    without_cuda = sys.platform == "linux" and not wants_gpu(options)
     if options.plan:
         size = "about 6 GB" if sys.platform == "linux" else "about 2 GB"
         if without_cuda:
@@ -93,6 +91,14 @@ def install(options: argparse.Namespace) -> None:
             remove(venv)
         raise
     print(f"{python} has all that is needed", flush=True)
+
+
+def wants_gpu(options: argparse.Namespace) -> bool:
+    if options.gpu is None:
+        import settings  # not there in the template, whose make says --no-gpu
+
+        return settings.USE_GPU
+    return options.gpu
 
 
 def fill(python: Path, uv: str | None, lacks: list[str], files: list[Path], without_cuda: bool) -> None:
