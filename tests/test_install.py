@@ -188,11 +188,14 @@ def test_ctrl_c_leaves_nothing_half_made(project):
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("nothing", "make {venv} with uv, about 2 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
-        ("no uv", "make {venv} with pip, about 2 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("nothing", "make {venv} with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("no uv", "make {venv} with pip, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
         ("gpu", "make {venv} with uv, about 6 GB\n"),
-        ("incomplete", "complete {venv} with uv, about 2 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
-        ("broken", "make {venv} with uv, about 2 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        (
+            "incomplete",
+            "complete {venv} with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n",
+        ),
+        ("broken", "make {venv} with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
         ("all is there", f"{sys.executable} has all that is needed\n"),
     ],
 )

@@ -76,9 +76,9 @@ def install(options: argparse.Namespace) -> None:
     uv = shutil.which("uv")
     without_cuda = sys.platform == "linux" and not wants_gpu(options)
     if options.plan:
-        size = "about 6 GB" if sys.platform == "linux" else "about 2 GB"
+        size = "about 6 GB" if sys.platform == "linux" else "about 1.5 GB"
         if without_cuda:
-            size = f"about 2 GB, or {size} where PyTorch without CUDA cannot be had"
+            size = f"about 1.5 GB, or {size} where PyTorch without CUDA cannot be had"
         print(f"{'make' if is_new else 'complete'} {venv} with {'uv' if uv else 'pip'}, {size}", flush=True)
         return
     try:
