@@ -76,25 +76,22 @@ def set_up(dataset: str) -> tuple[list[str], list[str]]:
     if reason := step("1/3 environment", sys.executable, "install.py"):
         return [f"NOT VERIFIED: there is no environment: {reason}, see above"], BY_HAND
     python = OWN if os.path.exists(OWN) else sys.executable
-    job, check = f"{shlex.quote(python)} job.py", [python, "job.py", "--check"]
-    wrong, todo, on_digits = [], [job], ["--dataset", "digits"]
+    job, check, wrong, todo = f"{shlex.quote(python)} job.py", [python, "job.py", "--check"], [], []
+    on_digits, flags, variables = ["--dataset", "digits"], [], {}
     if dataset == "digits":
         say("\n== 2/3 data: nothing to fetch, scikit-learn brings the digits along")
     elif dataset == "image_folder" and not os.environ.get("FL_DATA_ROOT"):
         say("\n== 2/3 data: skipped, as FL_DATA_ROOT does not say where your images are; the check takes digits")
-        todo = [f"{job} --data_root FOLDER  # with your images: FOLDER/train/<class>/<image>"]
+        job += " --data_root FOLDER  # with your images: FOLDER/train/<class>/<image>"
+        flags = on_digits
     elif reason := step("2/3 data", "sh", "prepare_data.sh", PYTHON=python):
         wrong = [f"{dataset} could not be fetched: {reason}, see above"]
         todo = ["sh prepare_data.sh" if python == OWN else f"PYTHON={shlex.quote(python)} sh prepare_data.sh"]
-    else:
-        on_digits = []
-    if on_digits:  # it would ask every mirror once more for what could not be fetched
-        reason = step("3/3 check", *check, *on_digits, limit=int(limit), FL_DATA_ROOT="")
-    else:
-        reason = step("3/3 check", *check, limit=int(limit))
-    if reason:
-        wrong, todo = [*wrong, f"NOT VERIFIED: {reason}, see above"], [*(todo if wrong else []), f"{job} --check"]
-    return wrong, todo
+        flags, variables = on_digits, {"FL_DATA_ROOT": ""}  # else the check would ask every mirror once more
+    if reason := step("3/3 check", *check, *flags, limit=int(limit), **variables):
+        wrong.append(f"NOT VERIFIED: {reason}, see above")
+        todo.append(shlex.join(check))
+    return wrong, todo or [job]
 
 
 @contextlib.contextmanager
