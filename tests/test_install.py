@@ -265,6 +265,12 @@ def index(tmp_path):
     """A web server that serves tmp_path/index, and so is a package index: its address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/no-http/"):
+                self.wfile.write(b"not HTTP at all\r\n")
+            else:
+                super().do_GET()
+
         def log_message(self, *arguments):
             pass
 
@@ -312,12 +318,16 @@ def test_the_default_pytorch_is_taken_where_that_index_fails(project, index, tmp
     assert project.asked_of_uv()[-1] == f"{ADD} -r ./requirements.txt"
 
 
-@pytest.mark.parametrize("why", ["refused", "not found", "silent", "gpu", "settings", "macOS", "not lacking"])
+@pytest.mark.parametrize(
+    "why", ["refused", "not found", "silent", "no HTTP", "gpu", "settings", "macOS", "not lacking"]
+)
 def test_the_default_pytorch_is_taken_without_asking_that_index_for_wheels(project, index, why):
     project.require("torch>=1000")
     command = [sys.executable, "install.py"]
     if why == "not found":
         project.index(index)
+    elif why == "no HTTP":
+        project.index(f"{index}/no-http")
     elif why == "gpu":
         command.append("--gpu")
     elif why == "settings":
@@ -332,10 +342,10 @@ def test_the_default_pytorch_is_taken_without_asking_that_index_for_wheels(proje
         if why == "silent":
             project.index(f"http://127.0.0.1:{silent.getsockname()[1]}", answer_s=0.1)
         code, said = run(command, project.path, project.variables)
-    assert code == 0, said
+    assert code == 0 and "Traceback" not in said, said
     assert project.asked_of_uv()[-1] == f"{ADD} -r ./requirements.txt"
     assert not any("--index-url" in line for line in project.asked_of_uv())
-    asks = sys.platform == "linux" and why in ("refused", "not found", "silent")
+    asks = sys.platform == "linux" and why in ("refused", "not found", "silent", "no HTTP")
     assert ("Asking" in said, "No answer: taking the default one" in said) == (asks, asks)
 
 

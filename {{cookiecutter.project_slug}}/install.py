@@ -6,6 +6,7 @@ On Linux without GPUs, PyTorch comes without CUDA. Needs nothing but the standar
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import operator
 import os
@@ -158,11 +159,8 @@ def has_answer(address: str) -> bool:
     answers = []
 
     def ask_for_it() -> None:
-        try:
-            with urllib.request.urlopen(address, timeout=ANSWER_S):
-                answers.append(True)
-        except (OSError, ValueError):  # refused, or no HTTP
-            pass
+        with contextlib.suppress(Exception), urllib.request.urlopen(address, timeout=ANSWER_S):
+            answers.append(True)
 
     print(f"Asking {address} for PyTorch without CUDA, for at most {ANSWER_S} s", flush=True)
     thread = threading.Thread(target=ask_for_it, daemon=True)
