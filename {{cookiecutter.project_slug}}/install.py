@@ -34,13 +34,12 @@ class InstallError(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
-    parser.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="PyTorch with CUDA [settings.py]")
-    parser.add_argument("--venv", metavar="FOLDER", type=Path, help="use this folder, whatever this Python has")
-    parser.add_argument(
-        "-r", metavar="FILE", dest="files", type=Path, action="append", help="needed [requirements.txt]"
-    )
-    parser.add_argument("--lacking", action="store_true", help="list what this Python lacks, and do nothing")
+    add = parser.add_argument
+    add("--plan", action="store_true", help="say what would be done, and do nothing")
+    add("--gpu", action=argparse.BooleanOptionalAction, help="PyTorch with CUDA [settings.py]")
+    add("--venv", metavar="FOLDER", type=Path, help="use this folder, whatever this Python has [.venv]")
+    add("-r", metavar="FILE", dest="files", type=Path, action="append", help="what is needed [requirements.txt]")
+    add("--lacking", action="store_true", help="list what this Python lacks, and do nothing")
     options = parser.parse_args(arguments)
     options.files = options.files or [PROJECT / "requirements.txt"]
     try:
