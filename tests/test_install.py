@@ -188,14 +188,14 @@ def test_ctrl_c_leaves_nothing_half_made(project):
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("nothing", "make {venv} with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
-        ("no uv", "make {venv} with pip, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
-        ("gpu", "make {venv} with uv, about 6 GB\n"),
+        ("nothing", "make .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("no uv", "make .venv with pip, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("gpu", "make .venv with uv, about 6 GB\n"),
         (
             "incomplete",
-            "complete {venv} with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n",
+            "complete .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n",
         ),
-        ("broken", "make {venv} with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("broken", "make .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
         ("all is there", f"{sys.executable} has all that is needed\n"),
     ],
 )
@@ -210,10 +210,7 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(project, state, said):
         project.venv.touch()
         project.require("pytest>=8")
     before = sorted(project.path.rglob("*"))
-    assert project.install("--plan", *(["--gpu"] if state == "gpu" else []), **variables) == (
-        0,
-        said.format(venv=project.venv),
-    )
+    assert project.install("--plan", *(["--gpu"] if state == "gpu" else []), **variables) == (0, said)
     assert sorted(project.path.rglob("*")) == before and project.asked_of_uv() == []
 
 

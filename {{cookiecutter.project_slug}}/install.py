@@ -81,7 +81,8 @@ def install(options: argparse.Namespace) -> None:
         size = "about 6 GB" if sys.platform == "linux" else "about 1.5 GB"
         if without_cuda:
             size = f"about 1.5 GB, or {size} where PyTorch without CUDA cannot be had"
-        print(f"{'make' if is_new else 'complete'} {venv} with {'uv' if uv else 'pip'}, {size}", flush=True)
+        verb, tool = "make" if is_new else "complete", "uv" if uv else "pip"
+        print(f"{verb} {options.venv or '.venv'} with {tool}, {size}", flush=True)
         return
     try:
         if is_new:
