@@ -365,7 +365,7 @@ def test_the_templates_make_uses_it(project, tmp_path):
 @pytest.mark.slow
 @linux
 def test_venv_and_pip_make_complete_and_replace_the_environment(project, index, tmp_path):
-    make_wheel(tmp_path / "index" / "torch", "torch", "2.9.0+cpu")
+    make_wheel(tmp_path / "index" / "torch", "torch", "2.9.1+cpu")
     make_wheel(tmp_path / "wheels", "torch", "2.9.1")
     make_wheel(tmp_path / "wheels", "tiny", "1.2")
     make_wheel(tmp_path / "wheels", "more", "1.0")
@@ -377,13 +377,13 @@ def test_venv_and_pip_make_complete_and_replace_the_environment(project, index, 
         return sorted(path.name for path in project.venv.glob("lib/python*/site-packages/t*.dist-info"))
 
     code, said = project.install(**pip)  # from the index; what that has not got is in the other folder
-    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.0+cpu.dist-info"], said
+    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
     assert "\r" not in said and "Collecting" not in said
     assert project.install(**pip, PIP_NO_INDEX="1") == (0, f"{project.venv}/bin/python has all that is needed\n")
 
     project.require("tiny>=1", "torch>=2.4", "more")
     code, said = project.install(**pip, PIP_NO_INDEX="1")
-    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.0+cpu.dist-info"], said
+    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
     (project.venv / "bin" / "python").unlink()
     code, said = project.install("--gpu", **pip, PIP_NO_INDEX="1")
     assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1.dist-info"], said
