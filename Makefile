@@ -27,10 +27,8 @@ bench-quick: .venv/ready  ## the same on few images: shows that the benchmark wo
 	$(BIN)/python benchmarks/speed.py --quick $(BENCH)
 
 .venv/ready: requirements-dev.txt {{cookiecutter.project_slug}}/requirements.txt
-	$(PYTHON) -m venv .venv
-	if $(PYTHON) hooks/post_gen_project.py wants-cpu-wheels; then \
-		$(BIN)/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu/ torch torchvision || true; fi
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -r "{{cookiecutter.project_slug}}/requirements.txt"
+	$(PYTHON) "{{cookiecutter.project_slug}}/install.py" --no-gpu --venv .venv \
+		-r requirements-dev.txt -r "{{cookiecutter.project_slug}}/requirements.txt"
 	touch $@
 
 clean:  ## remove what was built here

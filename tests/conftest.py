@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -93,6 +95,27 @@ def checked(answers: dict) -> dict:
     """Return answers for cookiecutter, which would ignore one to a question that does not exist."""
     assert answers.keys() <= QUESTIONS.keys(), f"no such question: {answers.keys() - QUESTIONS.keys()}"
     return {"setup": "skip", **answers}
+
+
+def command(template: Path, *options: str, **answers) -> list[str]:
+    """The command that renders a template."""
+    overrides = [f"{name}={answer}" for name, answer in checked(answers).items()]
+    return [sys.executable, "-m", "cookiecutter", str(template), "--no-input", *options, *overrides]
+
+
+def surroundings(home: Path, **variables: str) -> dict[str, str]:
+    """The environment variables of a user who has set none of those that matter here, and whose home is `home`."""
+    kept = {name: text for name, text in os.environ.items() if not re.search("^(FL|PIP|UV)_|_proxy$", name, re.I)}
+    own = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PIP_CONFIG_FILE": os.devnull}
+    return {**kept, **own, "PYTHONDONTWRITEBYTECODE": "1", **variables}
+
+
+def run(command: list, cwd: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Run a command without a terminal; return its exit code and all that it says."""
+    done = subprocess.run(
+        command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=-1, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
+    return done.returncode, done.stdout
 
 
 @pytest.fixture(scope="session")

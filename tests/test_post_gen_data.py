@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import TEMPLATE, checked
+from conftest import TEMPLATE, command, run, surroundings
 
 pytestmark = [
     pytest.mark.slow,
@@ -137,25 +137,12 @@ def shorten_check(template):
 def cookiecutter(template, tmp_path, mirrors):
     """The command and the surroundings that render the template into tmp_path: `cookiecutter("half", "whole")`."""
 
-    def cookiecutter(*kinds: str, **answers) -> dict:
-        answers = checked({"dataset": "cifar10", "project_slug": "eyes", "setup": "full", **answers})
-        kept = {name: text for name, text in os.environ.items() if not re.search("^FL_|_proxy$", name, re.I)}
+    def cookiecutter(*kinds: str, **answers) -> tuple[list[str], Path, dict[str, str]]:
         site = mirrors.site(tmp_path / f"site-{'-'.join(kinds)}", *kinds)
-        return {
-            "args": [
-                *(sys.executable, "-m", "cookiecutter", str(template), "--no-input"),
-                *(f"{name}={answer}" for name, answer in answers.items()),
-            ],
-            "cwd": tmp_path,
-            "env": {**kept, "PYTHONPATH": str(site), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")},
-        }
+        answers = {"dataset": "cifar10", "setup": "full", **answers, "project_slug": "eyes"}
+        return command(template, **answers), tmp_path, surroundings(tmp_path, PYTHONPATH=str(site))
 
     return cookiecutter
-
-
-def run(arguments: dict) -> tuple[int, str]:
-    done = subprocess.run(**arguments, stdin=subprocess.DEVNULL, stdout=-1, stderr=subprocess.STDOUT, encoding="utf-8")
-    return done.returncode, done.stdout
 
 
 def cached(tmp_path: Path) -> list[str]:
@@ -165,9 +152,8 @@ def cached(tmp_path: Path) -> list[str]:
 
 @pytest.mark.federation
 def test_where_a_mirror_breaks_off_and_one_is_wrong_the_next_is_taken(cookiecutter, mirrors, tmp_path):
-    arguments = cookiecutter("half", "wrong", "whole")
-    arguments["env"]["FL_TEMPLATE_STRICT"] = "1"
-    code, said = run(arguments)
+    arguments, cwd, env = cookiecutter("half", "wrong", "whole")
+    code, said = run(arguments, cwd, {**env, "FL_TEMPLATE_STRICT": "1"})
     assert code == 0, said
     assert re.search(r"^CHECK PASSED in \d+ s: one round, 2 sites, cifar10$", said, re.M), said
     assert mirrors.asked == ["half", "wrong", "whole"]
@@ -178,7 +164,7 @@ def test_where_a_mirror_breaks_off_and_one_is_wrong_the_next_is_taken(cookiecutt
 
 @pytest.mark.usefixtures("shorten_check")
 def test_where_no_mirror_answers_each_is_asked_once_and_the_check_takes_digits(cookiecutter, mirrors, tmp_path):
-    code, said = run(cookiecutter("silent", "wrong"))
+    code, said = run(*cookiecutter("silent", "wrong"))
     assert code == 0 and (tmp_path / "eyes" / "job.py").exists()
     assert mirrors.asked == ["silent", "wrong"], said
     assert "checked --dataset digits" in said and "cannot be fetched" in said
@@ -187,11 +173,10 @@ def test_where_no_mirror_answers_each_is_asked_once_and_the_check_takes_digits(c
 
 @pytest.mark.usefixtures("shorten_check")
 def test_two_renderings_at_once_download_once(cookiecutter, mirrors, tmp_path):
-    arguments = cookiecutter("whole")
-    processes = []
-    for slug in ("eyes", "ears"):
-        arguments["args"][-1] = f"project_slug={slug}"
-        processes.append(subprocess.Popen(**arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+    arguments, cwd, env = cookiecutter("whole")
+    nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    slugs = [[], ["project_slug=ears"]]
+    processes = [subprocess.Popen([*arguments, *slug], cwd=cwd, env=env, **nothing) for slug in slugs]
     assert [process.wait() for process in processes] == [0, 0]
     assert (tmp_path / "eyes" / "job.py").exists() and (tmp_path / "ears" / "job.py").exists()
     assert mirrors.asked == ["whole"]
@@ -239,15 +224,15 @@ def processes_of(folder: Path) -> list[str]:
     ("step", "marker"), [("environment", "uv is waiting"), ("data", "Fetching"), ("check", "FedAvg, sites: 2")]
 )
 def test_ctrl_c_at_a_terminal(cookiecutter, template, tmp_path, step, marker):
-    arguments = cookiecutter("silent", dataset="digits" if step == "check" else "cifar10")
+    arguments, cwd, env = cookiecutter("silent", dataset="digits" if step == "check" else "cifar10")
     if step == "environment":
         with open(next(template.glob("*/requirements.txt")), "a", encoding="utf-8") as requirements:
             requirements.write("no-such-package>=1\n")
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "uv").write_text(FAKE_UV, encoding="utf-8")
         (tmp_path / "bin" / "uv").chmod(0o755)
-        arguments["env"]["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    terminal = Terminal(**arguments)
+        env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    terminal = Terminal(arguments, cwd, env)
     terminal.read_until(marker)
     terminal.press("\x03")
     terminal.read_until("[ready]")

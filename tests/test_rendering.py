@@ -39,6 +39,7 @@ FILES = """
     federation/timing.py
     federation/tracking.py
     federation/workers.py
+    install.py
     job.py
     model.py
     prepare_data.sh

@@ -111,8 +111,9 @@ def validate(options: argparse.Namespace) -> None:
         options.data_root = os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(options.data_root))
     missing = [name for name in ("nvflare", "pytorch_lightning", "torch") if importlib.util.find_spec(name) is None]
     if missing:
-        own = PROJECT / ".venv" / "bin" / "python"
-        todo = ".venv/bin/python job.py" if own.exists() else "pip install -r requirements.txt"
+        own = PROJECT / ".venv"
+        usable = (own / "bin" / "python").exists() and Path(sys.prefix) != own
+        todo = ".venv/bin/python job.py" if usable else "python3 install.py"
         raise UsageError(f"{sys.executable} has no {missing[0]}: use {todo}")
     if options.tracking != "none" and importlib.util.find_spec(options.tracking) is None:
         raise UsageError(

@@ -1,0 +1,403 @@
+"""install.py as its user calls it: with tiny packages, a stand-in for uv, and indexes on this machine."""
+
+import http.server
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from conftest import PROJECT, TEMPLATE, run, surroundings
+
+INDEX = "https://download.pytorch.org/whl/cpu"
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+# It writes down what it is told. What `venv` makes works; `pip install` fails, waits or does nothing.
+UV = """#!/bin/sh
+echo "$*" >> "{log}"
+case "$*" in *"$UV_WAITS_IN"*) if [ -n "$UV_WAITS_IN" ]; then echo waiting; exec sleep 600; fi;; esac
+if [ "$1" = venv ]; then for folder; do :; done; mkdir -p "$folder/bin"; ln -s {python} "$folder/bin/python"; fi
+case "$*" in *"$UV_FAILS_IN"*) if [ -n "$UV_FAILS_IN" ]; then exit 2; fi;; esac
+"""
+
+
+class Project:
+    """A folder with install.py in it, whose requirements this Python does not meet, and a stand-in for uv."""
+
+    def __init__(self, path: Path):
+        self.path, self.venv, self.log = path / "eyes", path / "eyes" / ".venv", path / "uv.log"
+        self.path.mkdir()
+        self.script = (PROJECT / "install.py").read_text(encoding="utf-8")
+        self.index(NOWHERE)
+        self.require("tiny>=1")
+        (self.path / "settings.py").write_text("USE_GPU = False\n", encoding="utf-8")
+        (path / "bin").mkdir()
+        (path / "bin" / "uv").write_text(UV.format(log=self.log, python=sys.executable), encoding="utf-8")
+        (path / "bin" / "uv").chmod(0o755)
+        self.variables = surroundings(path, PATH=f"{path / 'bin'}:/usr/bin:/bin")
+
+    def index(self, address: str, answer_s: float = 5) -> None:
+        """Put another address in the place of PyTorch's index."""
+        assert self.script.count(f'"{INDEX}"') == self.script.count("\nANSWER_S = 5 ") == 1
+        script = self.script.replace(INDEX, address).replace("\nANSWER_S = 5 ", f"\nANSWER_S = {answer_s} ")
+        (self.path / "install.py").write_text(script, encoding="utf-8")
+
+    def require(self, *requirements: str) -> None:
+        (self.path / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+
+    def install(self, *options: str, **variables: str) -> tuple[int, str]:
+        """Run it; return its exit code and what it says."""
+        return run([sys.executable, "install.py", *options], self.path, {**self.variables, **variables})
+
+    def asked_of_uv(self) -> list[str]:
+        """What uv was told, without the paths, which are long."""
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        return [
+            line.replace(str(self.path), ".").replace(sys.executable, "PYTHON").replace("./.venv", ".venv")
+            for line in lines
+        ]
+
+    def make_venv(self) -> Path:
+        """Make a .venv whose Python is this one, and return a file in it that is its user's."""
+        (self.venv / "bin").mkdir(parents=True)
+        (self.venv / "bin" / "python").symlink_to(sys.executable)
+        (self.venv / "mine").touch()
+        return self.venv / "mine"
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path)
+
+
+MAKE = "venv --quiet --python PYTHON .venv"
+ADD = "pip install --python .venv/bin/python --quiet"
+
+
+def test_a_python_that_has_all_is_used_and_nothing_is_made(project):
+    project.require("pytest>=8  # a comment", "", "# another", "hypothesis>=6,<1000")
+    assert project.install() == (0, f"{sys.executable} has all that is needed\n")
+    assert not project.venv.exists() and project.asked_of_uv() == []
+
+
+def test_uv_makes_the_environment_where_it_is_on_the_path(project):
+    code, said = project.install()
+    assert code == 0 and said.endswith(f"{project.venv}/bin/python has all that is needed\n"), said
+    assert project.asked_of_uv() == [MAKE, f"{ADD} -r ./requirements.txt"]
+
+
+def test_a_venv_that_lacks_something_is_completed(project):
+    mine = project.make_venv()
+    assert project.install()[0] == 0
+    assert project.asked_of_uv() == [f"{ADD} -r ./requirements.txt"] and mine.exists()
+
+
+def test_a_venv_that_has_all_is_left_alone(project):
+    mine = project.make_venv()
+    project.require("pytest>=8")
+    assert project.install() == (0, f"{project.venv}/bin/python has all that is needed\n")
+    assert project.asked_of_uv() == [] and mine.exists()
+
+
+@pytest.fixture(params=["no interpreter", "file", "dangling link", "too old", "interpreter is gone"])
+def broken(request, project) -> Path:
+    """A .venv that cannot be used."""
+    if request.param == "file":
+        project.venv.touch()
+    elif request.param == "dangling link":
+        project.venv.symlink_to("nowhere")
+    else:
+        (project.venv / "bin").mkdir(parents=True)
+        (project.venv / "pyvenv.cfg").touch()
+        if request.param == "too old":
+            (project.venv / "bin" / "python").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+            (project.venv / "bin" / "python").chmod(0o755)
+        elif request.param == "interpreter is gone":
+            (project.venv / "bin" / "python").symlink_to("/nowhere/python")
+    return project.venv
+
+
+def test_a_broken_venv_is_replaced(project, broken):
+    assert project.install()[0] == 0
+    assert project.asked_of_uv()[0] == MAKE
+    assert (broken / "bin" / "python").resolve() == Path(sys.executable).resolve()
+
+
+def test_a_broken_venv_is_only_removed_where_this_python_has_all(project, broken):
+    project.require("pytest>=8")
+    assert project.install()[0] == 0
+    assert not os.path.lexists(broken) and project.asked_of_uv() == []
+
+
+def test_a_folder_that_is_no_environment_is_never_removed(project):
+    (project.path / "mine").mkdir()
+    (project.path / "mine" / "thesis.tex").touch()
+    code, said = project.install("--venv", "mine")
+    assert (code, said.count("\n")) == (1, 1) and "is no virtual environment" in said
+    assert (project.path / "mine" / "thesis.tex").exists() and project.asked_of_uv() == []
+
+
+def test_another_folder_and_other_requirements_are_used_whatever_this_python_has(project):
+    (project.path / "more.txt").write_text("pytest>=8\n", encoding="utf-8")
+    code, said = project.install("--venv", "other", "-r", "more.txt", "-r", "requirements.txt")
+    assert code == 0, said
+    assert project.asked_of_uv() == [
+        "venv --quiet --python PYTHON ./other",
+        "pip install --python ./other/bin/python --quiet -r more.txt -r requirements.txt",
+    ]
+
+
+@pytest.mark.parametrize("part", ["venv", "pip install"])
+def test_what_was_made_is_removed_where_a_command_fails(project, part):
+    code, said = project.install(UV_FAILS_IN=part)
+    assert code == 1 and not project.venv.exists()
+    last = said.splitlines()[-1]
+    assert last.startswith("install.py: ") and part in last and last.endswith(" failed with exit code 2")
+    assert "Traceback" not in said
+
+
+def test_a_venv_that_was_there_stays_where_a_command_fails(project):
+    mine = project.make_venv()
+    assert project.install(UV_FAILS_IN="pip install")[0] == 1
+    assert mine.exists()
+
+
+def test_ctrl_c_leaves_nothing_half_made(project):
+    process = subprocess.Popen(
+        [sys.executable, "install.py"],
+        cwd=project.path,
+        env={**project.variables, "UV_WAITS_IN": "pip install"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    while process.stdout.readline() != "waiting\n":
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate()[0] == "install.py: stopped\n"  # the pipe is closed once no process is left
+    assert process.returncode == 130 and not project.venv.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("nothing", "make .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("no uv", "make .venv with pip, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("gpu", "make .venv with uv, about 6 GB\n"),
+        (
+            "incomplete",
+            "complete .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n",
+        ),
+        ("broken", "make .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
+        ("all is there", f"{sys.executable} has all that is needed\n"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the sizes are Linux's")
+def test_a_plan_says_what_would_be_done_and_does_nothing(project, state, said):
+    variables = {"PATH": "/usr/bin:/bin"} if state == "no uv" else {}
+    if state == "incomplete":
+        project.make_venv()
+    elif state == "broken":
+        project.venv.touch()
+    elif state == "all is there":
+        project.venv.touch()
+        project.require("pytest>=8")
+    before = sorted(project.path.rglob("*"))
+    assert project.install("--plan", *(["--gpu"] if state == "gpu" else []), **variables) == (0, said)
+    assert sorted(project.path.rglob("*")) == before and project.asked_of_uv() == []
+
+
+def pretend_installed(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (info / "METADATA").write_text(text, encoding="utf-8")
+
+
+def test_versions_are_compared_as_numbers(project, tmp_path):
+    for name, version in {"has_29": "2.9.2", "has_214": "2.14.1+cpu", "has_30": "3.0rc1", "has_4": "4"}.items():
+        pretend_installed(tmp_path / "packages", name, version)
+    (tmp_path / "packages" / "broken-1.dist-info").mkdir()
+    met = ["has_29>=2.9,<2.10", "has-29>=2.9.2", "Has.29", "has_214>=2.4", "has_214==2.14.1", "has_30>=3", "has_4>=4.0"]
+    lacking = ["has_29>=2.10", "has_29>=2.8,<2.9.2", "has_214<2.9", "has_214==2.14", "absent", "absent>=1", "broken"]
+    only_pip_can_judge = ["has_29~=2.9", "has_29>=2.9; python_version < '4'", "-r other.txt", "--no-binary has_29"]
+    project.require(*met, *lacking, *only_pip_can_judge)
+    code, said = project.install("--lacking", PYTHONPATH=str(tmp_path / "packages"))
+    assert code == 0 and said.splitlines() == lacking + only_pip_can_judge
+
+
+def test_every_requirement_of_the_project_is_understood(project, tmp_path):
+    """Else .venv would be made where it is not needed."""
+    requirements = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
+    (project.path / "requirements.txt").write_text(requirements, encoding="utf-8")
+    lines = [line.partition("#")[0].strip() for line in requirements.splitlines()]
+    for name, _, bounds in (line.partition(">=") for line in lines if line):
+        pretend_installed(tmp_path / "packages", name.replace("-", "_"), bounds.partition(",")[0])
+    assert project.install("--lacking", PYTHONPATH=str(tmp_path / "packages")) == (0, "")
+
+
+def test_a_python_that_is_too_old_is_told_in_one_line(project):
+    program = "import runpy, sys; sys.version_info = (3, 9); runpy.run_path('install.py', run_name='__main__')"
+    code, said = run([sys.executable, "-c", program], project.path, project.variables)
+    assert code == 1 and len(said.splitlines()) == 1
+    assert said.startswith("install.py: Python 3.10 or newer is needed")
+
+
+def test_without_a_venv_module_nothing_is_left(project, tmp_path):
+    (tmp_path / "venv.py").write_text("raise SystemExit('ensurepip is not available')\n", encoding="utf-8")
+    code, said = project.install(PATH="/usr/bin:/bin", PYTHONPATH=str(tmp_path))
+    assert code == 1 and not project.venv.exists()
+    assert "ensurepip is not available" in said and "-m venv" in said.splitlines()[-1]
+
+
+@pytest.fixture
+def index(tmp_path):
+    """A web server that serves tmp_path/index, and so is a package index: its address."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/no-http/"):
+                self.wfile.write(b"not HTTP at all\r\n")
+            else:
+                super().do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    handler = partial(Handler, directory=str(tmp_path / "index"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def make_wheel(folder: Path, name: str, version: str, size: int = 0) -> None:
+    """Write a package with one module of `size` bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "#" * size)
+        info = f"{name}-{version}.dist-info"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch has no CUDA")
+
+
+@linux
+def test_pytorch_comes_from_the_index_of_cpu_wheels_where_that_answers(project, index, tmp_path):
+    (tmp_path / "index" / "torch").mkdir(parents=True)
+    project.index(index)
+    project.require("tiny>=1", "torch>=1000", "torchvision>=1000  # why", "torchmetrics>=1.4")
+    code, said = project.install()
+    assert code == 0 and f"Asking {index}/torch/" in said and "for at most 5 s" in said, said
+    first = f"{ADD} --index-url {index} torch>=1000 torchvision>=1000"
+    assert project.asked_of_uv() == [MAKE, first, f"{ADD} -r ./requirements.txt"]
+
+
+@linux
+def test_the_default_pytorch_is_taken_where_that_index_fails(project, index, tmp_path):
+    (tmp_path / "index" / "torch").mkdir(parents=True)
+    project.index(index)
+    project.require("torch>=1000")
+    code, said = project.install(UV_FAILS_IN="--index-url")
+    assert code == 0 and "failed with exit code 2: taking the default one" in said
+    assert project.asked_of_uv()[-1] == f"{ADD} -r ./requirements.txt"
+
+
+@pytest.mark.parametrize(
+    "why", ["refused", "not found", "silent", "no HTTP", "gpu", "settings", "macOS", "not lacking"]
+)
+def test_the_default_pytorch_is_taken_without_asking_that_index_for_wheels(project, index, why):
+    project.require("torch>=1000")
+    command = [sys.executable, "install.py"]
+    if why == "not found":
+        project.index(index)
+    elif why == "no HTTP":
+        project.index(f"{index}/no-http")
+    elif why == "gpu":
+        command.append("--gpu")
+    elif why == "settings":
+        (project.path / "settings.py").write_text("USE_GPU = True\n", encoding="utf-8")
+    elif why == "macOS":
+        pretend = "import runpy, sys, urllib.request; sys.platform = 'darwin'"
+        command = [sys.executable, "-c", f"{pretend}; runpy.run_path('install.py', run_name='__main__')"]
+    elif why == "not lacking":
+        project.make_venv()
+        project.require("tiny>=1", "pytest>=8")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        if why == "silent":
+            project.index(f"http://127.0.0.1:{silent.getsockname()[1]}", answer_s=0.1)
+        code, said = run(command, project.path, project.variables)
+    assert code == 0 and "Traceback" not in said, said
+    assert project.asked_of_uv()[-1] == f"{ADD} -r ./requirements.txt"
+    assert not any("--index-url" in line for line in project.asked_of_uv())
+    asks = sys.platform == "linux" and why in ("refused", "not found", "silent", "no HTTP")
+    assert ("Asking" in said, "No answer: taking the default one" in said) == (asks, asks)
+
+
+def test_the_templates_make_uses_it(project, tmp_path):
+    template = tmp_path / "template"
+    (template / PROJECT.name).mkdir(parents=True)
+    for path in (TEMPLATE / "Makefile", TEMPLATE / "requirements-dev.txt"):
+        shutil.copy(path, template)
+    for name in ("install.py", "requirements.txt"):
+        shutil.copy(PROJECT / name, template / PROJECT.name)
+    no_network = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), NOWHERE)
+    command = ["make", f"PYTHON={sys.executable}", ".venv/ready"]
+    code, said = run(command, template, {**project.variables, **no_network})
+    assert code == 0 and (template / ".venv" / "ready").exists(), said
+    assert project.asked_of_uv()[-1].endswith(
+        "/template/.venv/bin/python --quiet -r requirements-dev.txt -r {{cookiecutter.project_slug}}/requirements.txt"
+    )
+
+
+@pytest.mark.slow
+@linux
+def test_venv_and_pip_make_complete_and_replace_the_environment(project, index, tmp_path):
+    make_wheel(tmp_path / "index" / "torch", "torch", "2.9.1+cpu")
+    make_wheel(tmp_path / "wheels", "torch", "2.9.1")
+    make_wheel(tmp_path / "wheels", "tiny", "1.2")
+    make_wheel(tmp_path / "wheels", "more", "1.0")
+    project.index(index)
+    project.require("tiny>=1", "torch>=2.4")
+    pip = {"PATH": "/usr/bin:/bin", "PIP_FIND_LINKS": str(tmp_path / "wheels")}
+
+    def installed() -> list[str]:
+        return sorted(path.name for path in project.venv.glob("lib/python*/site-packages/t*.dist-info"))
+
+    code, said = project.install(**pip)  # from the index; what that has not got is in the other folder
+    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
+    assert "\r" not in said and "Collecting" not in said
+    assert project.install(**pip, PIP_NO_INDEX="1") == (0, f"{project.venv}/bin/python has all that is needed\n")
+
+    project.require("tiny>=1", "torch>=2.4", "more")
+    code, said = project.install(**pip, PIP_NO_INDEX="1")
+    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
+    (project.venv / "bin" / "python").unlink()
+    code, said = project.install("--gpu", **pip, PIP_NO_INDEX="1")
+    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1.dist-info"], said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", ["no such package", "disk full"])
+def test_nothing_is_left_where_pip_fails(project, tmp_path, why):
+    if why == "disk full":
+        make_wheel(tmp_path / "wheels", "tiny", "1.2", size=20_000_000)
+    pip = {"PATH": "/usr/bin:/bin", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_NO_INDEX": "1"}
+    limit = "ulimit -f 16384" if why == "disk full" else ":"  # no file over 16 MB can be written, as on a full disk
+    command = ["bash", "-c", f'{limit}; exec "$@"', "bash", sys.executable, "install.py"]
+    code, said = run(command, project.path, {**project.variables, **pip})
+    assert code == 1 and not project.venv.exists()
+    assert ("No matching distribution" if why == "no such package" else "File too large") in said
+    assert said.splitlines()[-1].endswith("failed with exit code 1")
