@@ -26,6 +26,7 @@ FILES = """
     federation/command_line.py
     federation/environments.py
     federation/evaluation.py
+    federation/fedopt.py
     federation/partition.py
     federation/quick_start.py
     federation/recipes.py
@@ -40,6 +41,7 @@ FILES = """
     tests/tabular/data.py
     tests/tabular/model.py
     tests/test_aggregator.py
+    tests/test_algorithms.py
     tests/test_catalog.py
     tests/test_data.py
     tests/test_federation.py

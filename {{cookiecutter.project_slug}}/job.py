@@ -12,10 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-from federation.command_line import PROJECT, UsageError, parse, validate
+from federation.command_line import ALGORITHMS, OWN_FLAGS, PROJECT, UsageError, parse, validate
 
 START = time.monotonic()
 RUNS = Path("runs")
+LOST = {  # what a run that goes on begins without
+    "fedavg": "nothing is lost: the sites' optimizers start afresh in every round",
+    "fedprox": "nothing is lost: the sites' optimizers start afresh in every round",
+    "scaffold": "not carried: the control variates, which start at zero",
+    "fedopt": "not carried: the server's momentum, which starts at zero",
+}
 
 
 class FederationError(Exception):
@@ -32,6 +38,8 @@ def main() -> int:
         if options.check:
             return check(options)
         holdings = get_data(options)
+        if options.resume:
+            go_on(options, holdings)
         if options.prepare_only:
             print(f"{options.dataset} is ready")
         else:
@@ -62,6 +70,29 @@ def get_data(options: argparse.Namespace):
         raise UsageError(str(error)) from None
 
 
+def go_on(options: argparse.Namespace, holdings) -> None:
+    """See that a run can be gone on from: the same images at the same sites, and a model that they still fit.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    import torch
+
+    from model import LitNet
+
+    before = json.loads((RUNS / options.resume / "partition.json").read_text(encoding="utf-8"))
+    if before != json.loads(json.dumps(dataclasses.asdict(holdings))):
+        raise UsageError(
+            f"--resume {options.resume}: the images are not those that its sites held; give its --data_root"
+        )
+    try:
+        model = LitNet(num_classes=len(holdings.classes), learning_rate=options.learning_rate)
+        model.load_state_dict(torch.load(options.resume_from, weights_only=True))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"--resume {options.resume}: its model does not load into LitNet: {reason}") from None
+
+
 def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     """Run the federation and return its result, which is in `results.json` too.
 
@@ -82,19 +113,26 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
 
     (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
     results.show_holdings(holdings.counts)
-    print(f"\nrun {folder}: FedAvg, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {folder}/log.txt")
+    print(
+        f"\nrun {folder}: {ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, rounds: {options.num_rounds}, "
+        f"log: {folder}/log.txt"
+    )
+    if options.resume:
+        print(f"goes on from {RUNS / options.resume} after round {options.first_round}; {LOST[options.algorithm]}")
 
-    recipe = recipes.fedavg(options, holdings.classes, folder)
+    recipe = recipes.build(options, holdings.classes, folder)
     recipe.export(str(folder))
-    progress = results.Progress(options.num_rounds, options.verbose)
+    progress = results.Progress(options.first_round + options.num_rounds, options.verbose)
     try:
         environments.simulate(folder / recipe.name, folder, options, progress)
-        outcome = environments.bring_home(folder, options.num_rounds)
+        outcome = environments.bring_home(folder, options.num_rounds, options.patience)
     except environments.RunFailed as error:
         raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
     result = {
         "dataset": options.dataset,
-        "algorithm": "fedavg",
+        "algorithm": options.algorithm,
+        **{name: getattr(options, name) for name in OWN_FLAGS if options.algorithm in OWN_FLAGS[name][1]},
+        "resumed": {"run": options.resume, "round": options.first_round} if options.resume else None,
         **{name: getattr(options, name) for name in results.CONFIGURATION},
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
         **outcome,

@@ -12,6 +12,11 @@ PARTITION = "iid"  # how a simulation deals images to sites: iid, dirichlet, sha
 ALPHA = 0.5  # of dirichlet: the smaller, the less alike the sites
 SHARDS_PER_SITE = 2  # of shards
 
+ALGORITHM = "fedavg"  # fedavg, fedprox, scaffold or fedopt
+FEDPROX_MU = 0.01  # of fedprox: how strongly a site is pulled to the global model
+SERVER_LEARNING_RATE = 1.0  # of fedopt
+SERVER_MOMENTUM = 0.9  # of fedopt
+
 NUM_ROUNDS = {{ cookiecutter.rounds | int }}
 LOCAL_EPOCHS = 1  # passes over a site's training images in a round
 BATCH_SIZE = 16

@@ -43,7 +43,7 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
     Args:
         job: the folder of the exported job.
         run: the run's folder; its path has no white space.
-        options: the command line's; `n_clients` and `gpu` are used.
+        options: the command line's; `n_clients`, `algorithm` and `gpu` are used.
         follow: called a few times a second with what the log has got since, and the records of all rounds so far.
 
     Raises:
@@ -52,7 +52,14 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
     """
     workspace, log = run / "workspace", run / "log.txt"
     threads = simultaneous_clients(options.n_clients)
-    os.environ["OMP_NUM_THREADS"] = str(threads_per_client(threads))  # the clients inherit it
+    if options.algorithm == "scaffold" and threads < options.n_clients:
+        # NVFlare would start the sites' processes anew for every task, and each would forget its control variate.
+        raise RunFailed(
+            f"SCAFFOLD needs the processes of all {options.n_clients} sites at once, and the memory that is free is "
+            f"enough for {threads}: take fewer sites or another algorithm"
+        )
+    # The clients inherit it. The same bits need the same number, so that a user may set it.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_client(threads)))
     gpus = None
     if options.gpu and torch.cuda.is_available():
         gpus = ",".join(str(i) for i in range(min(torch.cuda.device_count(), options.n_clients)))
@@ -148,22 +155,24 @@ def read_rounds(workspace: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def bring_home(run: Path, num_rounds: int) -> dict:
+def bring_home(run: Path, num_rounds: int, patience: int | None = None) -> dict:
     """Gather what NVFlare left in its workspace: the metrics of every round, the final model and the best one.
 
     Args:
         run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it.
         num_rounds: how many there should be.
+        patience: with it there may be fewer: the last so many began with no better validation accuracy.
 
     Returns:
-        `rounds`, `test`, `model`, `sha256` and `best`, as results.json documents them.
+        `rounds`, `stopped_early`, `test`, `model`, `sha256` and `best`, as results.json documents them.
 
     Raises:
         RunFailed: something is missing.
     """
     server = run / "workspace" / SERVER
     rounds = read_rounds(run / "workspace")
-    if len(rounds) != num_rounds:
+    stopped_early = patience is not None and len(rounds) < num_rounds and _without_gain(rounds) >= patience
+    if len(rounds) != num_rounds and not stopped_early:
         raise RunFailed(f"only {len(rounds)} of {num_rounds} rounds were finished")
     if not (server / "evaluation.json").exists():
         raise RunFailed("no site evaluated the final model")
@@ -187,11 +196,18 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     curve[final["round"]] = {site: report.get("val_acc") for site, report in reports.items()}
     return {
         "rounds": [{"round": k, "accuracy": _mean(sites, val_images), "sites": sites} for k, sites in curve.items()],
+        "stopped_early": stopped_early,
         "test": _test(final["sites"]),
         "model": "final.pt",
         "sha256": fingerprint(last),
         "best": {"round": best["round"], "model": "best.pt", "test": _test(best["sites"])},
     }
+
+
+def _without_gain(rounds: list[dict]) -> int:
+    """How many rounds there have been since the one with the best validation accuracy."""
+    accuracies = [m["value"] for record in rounds for m in record["aggregated_metrics"] if m["name"] == "val_acc"]
+    return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
 
 def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
