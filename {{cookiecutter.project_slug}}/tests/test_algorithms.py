@@ -43,9 +43,15 @@ REFUSED = {
         ["--algorithm", "scaffold", "--patience", "3"],
         "--patience is a flag of fedavg and fedprox: --algorithm scaffold has no use for it",
     ),
-    "patience with fedopt": (["--algorithm", "fedopt", "--patience", "3"], "--patience is a flag of fedavg and fedprox"),
+    "patience with fedopt": (
+        ["--algorithm", "fedopt", "--patience", "3"],
+        "--patience is a flag of fedavg and fedprox",
+    ),
     "no patience at all": (["--patience", "0"], "--patience is 0: it must be 1 or more"),
-    "a mu of zero": (["--algorithm", "fedprox", "--fedprox_mu", "0"], "--fedprox_mu is 0.0: it must be a number above 0"),
+    "a mu of zero": (
+        ["--algorithm", "fedprox", "--fedprox_mu", "0"],
+        "--fedprox_mu is 0.0: it must be a number above 0",
+    ),
     "a server that stands still": (
         ["--algorithm", "fedopt", "--server_learning_rate", "0"],
         "--server_learning_rate is 0.0: it must be a number above 0",
@@ -54,14 +60,20 @@ REFUSED = {
         ["--algorithm", "fedopt", "--server_momentum", "1"],
         "--server_momentum is 1.0: it must be from 0 to below 1",
     ),
-    "a run that is not there": (["--resume", "nowhere"], "runs/nowhere has no results.json: only a finished run can go on"),
+    "a run that is not there": (
+        ["--resume", "nowhere"],
+        "runs/nowhere has no results.json: only a finished run can go on",
+    ),
     "a run that was broken off": (["--resume", "broken"], "runs/broken has no results.json"),
     "a run of another version": (["--resume", "old"], "its results.json has no 'rounds': another version made it"),
     "going on with other data": (
         ["--resume", "first", "--dataset", "cifar10"],
         "--dataset is cifar10, but digits in runs/first: a run goes on with the data, sites, seed and algorithm",
     ),
-    "going on with another partition": (["--resume", "first", "--partition", "shards"], "--partition is shards, but iid"),
+    "going on with another partition": (
+        ["--resume", "first", "--partition", "shards"],
+        "--partition is shards, but iid",
+    ),
     "going on with more sites": (["--resume", "first", "--n_clients", "3"], "--n_clients is 3, but 2 in runs/first"),
     "going on with another seed": (["--resume", "first", "--seed", "1"], "--seed is 1, but 0 in runs/first"),
     "going on with another algorithm": (
@@ -208,3 +220,142 @@ def test_scaffold_adds_up_in_the_order_of_names(monkeypatch):
     assert len(bits) == 1
     by_hand = np.average([r.params["w"] for r in results], axis=0, weights=[10 * i + 3 for i in range(1, 6)])
     np.testing.assert_allclose(mean.params["w"], by_hand, rtol=1e-4, atol=1e-6)
+
+
+class Federations:
+    """Whole federations on digits at unlike sites. One that was asked for before is not run again."""
+
+    def __init__(self, project: Project):
+        self.project, self.results = project, {}
+
+    def run(self, *flags: str, again: str = "", **environment: str) -> dict:
+        key = (flags, again)
+        if key not in self.results:
+            name = f"run{len(self.results)}"
+            unlike = () if "--resume" in flags else ("--dataset", "digits", "--partition", "dirichlet", "--alpha", "1")
+            run = self.project.run("job.py", *unlike, "--name", name, *flags, **{"OMP_NUM_THREADS": "1", **environment})
+            assert run.returncode == 0, run.stderr
+            result = json.loads((self.folder(name) / "results.json").read_text())
+            self.results[key] = {**result, "name": name, "screen": run.stdout}
+        return self.results[key]
+
+    def folder(self, name: str) -> Path:
+        return self.project.folder / "runs" / name
+
+    def weights(self, result: dict, file: str) -> dict[str, torch.Tensor]:
+        return torch.load(self.folder(result["name"]) / file, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def federations(tmp_path_factory, session_cache) -> Federations:
+    return Federations(Project(tmp_path_factory.mktemp("algorithms") / "project"))
+
+
+OWN = {
+    "fedavg": {},
+    "fedprox": {"fedprox_mu": 0.01},
+    "scaffold": {},
+    "fedopt": {"server_learning_rate": 1.0, "server_momentum": 0.9},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", OWN)
+def test_every_algorithm_trains_a_model_that_is_tested_and_loads(federations, algorithm):
+    from model import LitNet
+
+    result = federations.run("--algorithm", algorithm)
+    assert result["algorithm"] == algorithm
+    assert {name: result[name] for name in command_line.OWN_FLAGS if result.get(name)} == OWN[algorithm]
+    assert [entry["round"] for entry in result["rounds"]] == [0, 1, 2]
+    for entry in result["rounds"]:
+        assert all(isinstance(accuracy, float) for accuracy in entry["sites"].values())
+    for kept in (result, result["best"]):
+        assert kept["test"]["accuracy"] > 0.15 and np.isfinite(kept["test"]["loss"])
+        LitNet(num_classes=10).load_state_dict(federations.weights(result, kept["model"]))
+    others = [federations.run("--algorithm", other)["sha256"] for other in OWN if other != algorithm]
+    assert result["sha256"] not in others
+    first = federations.weights(result, "bundle/initial.pt")
+    moved = distance({n: w.numpy() for n, w in first.items()}, federations.weights(result, "final.pt"))
+    assert 0.01 < moved < 5  # from the weights that the sites were given; other random weights are 10 away
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", OWN)
+@pytest.mark.parametrize("n_clients", ["2", "5"])
+def test_the_same_seed_gives_the_same_bits(federations, algorithm, n_clients):
+    flags = ("--algorithm", algorithm) if n_clients == "2" else ("--algorithm", algorithm, "--n_clients", n_clients)
+    first = federations.run(*flags)
+    second = federations.run(*flags, again="a second time")
+    assert first["sha256"] == second["sha256"]
+    assert [first[key] for key in ("rounds", "test", "best")] == [second[key] for key in ("rounds", "test", "best")]
+
+
+@pytest.mark.slow
+def test_fewer_processes_than_sites_give_the_same_bits(federations):
+    all_at_once = federations.run("--n_clients", "5", "--algorithm", "fedavg")
+    federations.project.replace("federation/environments.py", "CLIENT_MEMORY = 1.2e9", "CLIENT_MEMORY = 1e15")
+    try:
+        one_by_one = federations.run("--n_clients", "5", "--algorithm", "fedavg", again="one by one")
+        refused = federations.project.run("job.py", "--dataset", "digits", "--algorithm", "scaffold")
+    finally:
+        federations.project.replace("federation/environments.py", "CLIENT_MEMORY = 1e15", "CLIENT_MEMORY = 1.2e9")
+    assert one_by_one["sha256"] == all_at_once["sha256"]
+    assert refused.returncode == 1
+    assert "SCAFFOLD needs the processes of all 2 sites at once" in refused.stderr
+
+
+@pytest.mark.slow
+def test_another_seed_gives_another_model(federations):
+    assert federations.run("--algorithm", "fedavg")["sha256"] != federations.run("--seed", "1")["sha256"]
+
+
+@pytest.mark.slow
+def test_two_rounds_and_two_more_are_four_rounds(federations):
+    at_once = federations.run("--num_rounds", "4")
+    first = federations.run("--algorithm", "fedavg")
+    then = federations.run("--resume", first["name"])
+    assert then["resumed"] == {"run": first["name"], "round": 2}
+    assert then["rounds"] == at_once["rounds"][2:]
+    assert then["sha256"] == at_once["sha256"]
+    assert f"goes on from runs/{first['name']} after round 2; nothing is lost" in then["screen"]
+    assert "round 4 of 4 done" in then["screen"]
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_that_gains_nothing(federations):
+    flags = ("--num_rounds", "9", "--learning_rate", "1e-9", "--patience", "2")
+    result = federations.run(*flags)
+    assert result["stopped_early"] and result["patience"] == 2
+    assert "stopped early: 2 rounds brought no better validation accuracy" in result["screen"]
+    assert result["rounds"][-1]["round"] == 3  # the first round's is the best; two more do not better it
+    assert result["best"]["round"] == max(result["rounds"][1:], key=lambda r: (r["accuracy"], r["round"]))["round"]
+    from federation.environments import fingerprint
+
+    assert fingerprint(federations.weights(result, "final.pt")) == result["sha256"]
+
+
+@pytest.mark.slow
+def test_the_global_model_is_the_mean_of_the_sites_own_by_their_images(federations, options):
+    import pytorch_lightning as pl
+
+    from data import SiteDataModule, describe
+    from model import LitNet
+
+    result = federations.run("--n_clients", "3", "--num_rounds", "1")
+    made = options(partition="dirichlet", alpha=1.0, n_clients=3)
+    holdings = describe(made)
+    models, images = [], []
+    for site in holdings.sites:
+        data = SiteDataModule(site, holdings.classes, made)
+        model = LitNet(num_classes=len(holdings.classes))
+        model.load_state_dict(federations.weights(result, "bundle/initial.pt"))
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = pl.Trainer(max_epochs=1, accelerator="cpu", limit_val_batches=0, enable_model_summary=False, **quiet)
+        trainer.fit(model, datamodule=data)
+        models.append(model.state_dict())
+        images.append(len(holdings.sites[site]["train"]))
+    assert len(set(images)) == 3
+    for name, weight in federations.weights(result, "final.pt").items():
+        by_hand = np.average([model[name].double().numpy() for model in models], axis=0, weights=images)
+        np.testing.assert_allclose(weight, by_hand, atol=1e-5)
