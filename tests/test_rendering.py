@@ -30,6 +30,7 @@ FILES = """
     federation/partition.py
     federation/quick_start.py
     federation/recipes.py
+    federation/resume.py
     job.py
     model.py
     prepare_data.sh

@@ -16,12 +16,6 @@ from federation.command_line import ALGORITHMS, OWN_FLAGS, PROJECT, UsageError, 
 
 START = time.monotonic()
 RUNS = Path("runs")
-LOST = {  # what a run that goes on begins without
-    "fedavg": "nothing is lost: the sites' optimizers start afresh in every round",
-    "fedprox": "nothing is lost: the sites' optimizers start afresh in every round",
-    "scaffold": "not carried: the control variates, which start at zero",
-    "fedopt": "not carried: the server's momentum, which starts at zero",
-}
 
 
 class FederationError(Exception):
@@ -39,7 +33,9 @@ def main() -> int:
             return check(options)
         holdings = get_data(options)
         if options.resume:
-            go_on(options, holdings)
+            from federation import resume
+
+            resume.check(options, holdings)
         if options.prepare_only:
             print(f"{options.dataset} is ready")
         else:
@@ -70,29 +66,6 @@ def get_data(options: argparse.Namespace):
         raise UsageError(str(error)) from None
 
 
-def go_on(options: argparse.Namespace, holdings) -> None:
-    """See that a run can be gone on from: the same images at the same sites, and a model that they still fit.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    import torch
-
-    from model import LitNet
-
-    before = json.loads((RUNS / options.resume / "partition.json").read_text(encoding="utf-8"))
-    if before != json.loads(json.dumps(dataclasses.asdict(holdings))):
-        raise UsageError(
-            f"--resume {options.resume}: the images are not those that its sites held; give its --data_root"
-        )
-    try:
-        model = LitNet(num_classes=len(holdings.classes), learning_rate=options.learning_rate)
-        model.load_state_dict(torch.load(options.resume_from, weights_only=True))
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"--resume {options.resume}: its model does not load into LitNet: {reason}") from None
-
-
 def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     """Run the federation and return its result, which is in `results.json` too.
 
@@ -102,7 +75,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     import torch
 
     import results
-    from federation import environments, recipes
+    from federation import environments, recipes, resume
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -118,7 +91,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
         f"log: {folder}/log.txt"
     )
     if options.resume:
-        print(f"goes on from {RUNS / options.resume} after round {options.first_round}; {LOST[options.algorithm]}")
+        print(resume.note(options))
 
     recipe = recipes.build(options, holdings.classes, folder)
     recipe.export(str(folder))

@@ -183,11 +183,9 @@ def bring_home(run: Path, num_rounds: int, patience: int | None = None) -> dict:
     if silent:
         raise RunFailed(f"{', '.join(sorted(silent))} did not evaluate the final model")
 
-    last = _take_model(server, "FL_global_model.pt", run / "final.pt")
-    if best["round"] == final["round"]:
-        shutil.copy(run / "final.pt", run / "best.pt")
-    else:
-        _take_model(server, "best_FL_global_model.pt", run / "best.pt")
+    is_best = best["round"] == final["round"]
+    shutil.copy(server / "final.pt", run / "final.pt")
+    shutil.copy(server / ("final.pt" if is_best else "best.pt"), run / "best.pt")
     val_images = {site: report["val_images"] for site, report in reports.items()}
     curve = {}
     for record in rounds:  # NVFlare counts from 0 and records what the sites got: the model before the round
@@ -199,7 +197,7 @@ def bring_home(run: Path, num_rounds: int, patience: int | None = None) -> dict:
         "stopped_early": stopped_early,
         "test": _test(final["sites"]),
         "model": "final.pt",
-        "sha256": fingerprint(last),
+        "sha256": fingerprint(torch.load(run / "final.pt", weights_only=True)),
         "best": {"round": best["round"], "model": "best.pt", "test": _test(best["sites"])},
     }
 
@@ -217,14 +215,6 @@ def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _take_model(server: Path, name: str, to: Path) -> dict[str, torch.Tensor]:
-    """Copy a model out of NVFlare's checkpoint into a file of its own."""
-    weights = torch.load(server / "app_server" / name, weights_only=True)["model"]
-    model = {name: torch.as_tensor(value) for name, value in weights.items()}
-    torch.save(model, to)
-    return model
 
 
 def _test(reports: dict[str, dict]) -> dict:
