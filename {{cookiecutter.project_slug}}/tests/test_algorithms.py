@@ -144,6 +144,35 @@ def test_the_newest_run_goes_on_under_its_own_name(runs):
     assert parsed("--resume", "latest").resume == "first"
 
 
+EXPORT = """
+from pathlib import Path
+import federation.quick_start
+from federation import recipes
+from federation.command_line import parse, validate
+for algorithm in recipes.ALGORITHMS:
+    options = parse(["--algorithm", algorithm, "--num_rounds", "3"])
+    validate(options)
+    options.first_round = 2
+    Path(algorithm).mkdir()
+    recipes.build(options, ["cat", "dog", "owl"], Path(algorithm)).export(algorithm)
+"""
+
+
+def test_the_server_is_told_where_to_begin_and_what_to_do_at_the_end(project):
+    run = project.run("-c", EXPORT)
+    assert run.returncode == 0, run.stderr
+    for algorithm in recipes.ALGORITHMS:
+        config = project.folder / algorithm / "job" / "app" / "config" / "config_fed_server.json"
+        told = json.loads(config.read_text())
+        training, evaluation = told["workflows"]
+        assert (training["args"]["start_round"], training["args"]["num_rounds"]) == (2, 3)
+        assert evaluation["path"] == "federation.evaluation.FinalEvaluation"
+        components = {component["id"]: component["args"] for component in told["components"]}
+        assert "model_selector" not in components  # it would keep a best model of its own
+        model = components["model"] if algorithm == "fedopt" else components["persistor"]["model"]["args"]
+        assert model["num_classes"] == 3  # of FedOpt's model, NVFlare itself exports no argument
+
+
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
