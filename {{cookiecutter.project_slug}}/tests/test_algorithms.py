@@ -356,7 +356,7 @@ def test_patience_ends_a_run_that_gains_nothing(federations):
     flags = ("--num_rounds", "9", "--learning_rate", "1e-9", "--patience", "2")
     result = federations.run(*flags)
     assert result["stopped_early"] and result["patience"] == 2
-    assert "stopped early: 2 rounds brought no better validation accuracy" in result["screen"]
+    assert "stopped early: no better validation accuracy with --patience 2" in result["screen"]
     assert result["rounds"][-1]["round"] == 3  # the first round's is the best; two more do not better it
     assert result["best"]["round"] == max(result["rounds"][1:], key=lambda r: (r["accuracy"], r["round"]))["round"]
     from federation.environments import fingerprint
