@@ -29,11 +29,13 @@ FILES = """
     federation/display.py
     federation/environments.py
     federation/evaluation.py
+    federation/fedopt.py
     federation/partition.py
     federation/quick_start.py
     federation/receipt.py
     federation/recipes.py
     federation/report.py
+    federation/resume.py
     federation/schema.py
     federation/telemetry.py
     federation/timing.py
@@ -52,6 +54,7 @@ FILES = """
     tests/tabular/data.py
     tests/tabular/model.py
     tests/test_aggregator.py
+    tests/test_algorithms.py
     tests/test_catalog.py
     tests/test_compare.py
     tests/test_data.py

@@ -23,7 +23,7 @@ from trainer import make_trainer, training_seed
 
 def define_parser():
     parser = argparse.ArgumentParser(description="One site of the federation. job.py says how it is called.")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model_class", required=True)
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--num_rounds", type=int, required=True)
     parser.add_argument("--local_epochs", type=int, required=True)
@@ -54,7 +54,7 @@ def main():
     data = SiteDataModule(site, classes, args)
     data.prepare_data()
     data.setup("fit")
-    model = getattr(models, args.model)(num_classes=len(classes), learning_rate=args.learning_rate)
+    model = getattr(models, args.model_class)(num_classes=len(classes), learning_rate=args.learning_rate)
     model.num_rounds = args.num_rounds
     # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
     # Its say in the global model's accuracy is that of its validation images.

@@ -91,7 +91,7 @@ def compare(folder: Path, result: dict) -> dict:
     """
     options = argparse.Namespace(
         **{name: result[name] for name in ("dataset", *results.CONFIGURATION)},
-        model=result.get("model_class", "LitNet"),
+        model_class=result.get("model_class", "LitNet"),
         max_batches=result.get("max_batches"),
         gpu=result["device"] != "cpu",
     )
@@ -108,8 +108,8 @@ def compare(folder: Path, result: dict) -> dict:
     kept = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     if kept != json.loads(json.dumps(dataclasses.asdict(holdings))):
         raise UsageError(f"the images are not those of runs/{folder.name}: bring them back, or give their --data_root")
-    if options.model not in model_names():
-        raise UsageError(f"runs/{folder.name} trained {options.model}, which model.py does not have any more")
+    if options.model_class not in model_names():
+        raise UsageError(f"runs/{folder.name} trained {options.model_class}, which model.py does not have any more")
 
     pooled = data.pooled(holdings.classes, options)
     sites = {site: data.SiteDataModule(site, holdings.classes, options) for site in holdings.sites}
@@ -129,7 +129,7 @@ def compare(folder: Path, result: dict) -> dict:
     return {
         "version": 1,
         "run": folder.name,
-        "model_class": options.model,
+        "model_class": options.model_class,
         "epochs": epochs,
         "seed": options.seed,
         "rows": {
@@ -164,7 +164,7 @@ def train(modules: list, sites: list[str], n_classes: int, epochs: int, options:
             bar.update(task, description=name)
             started = time.monotonic()
             torch.manual_seed(options.seed)
-            model = getattr(models, options.model)(num_classes=n_classes, learning_rate=options.learning_rate)
+            model = getattr(models, options.model_class)(num_classes=n_classes, learning_rate=options.learning_rate)
             seed_everything(training_seed(options.seed, site, 0), verbose=False)
             module.round, model.round, model.num_rounds = 0, 0, 1  # one `fit`, and so one optimizer, for all epochs
             try:

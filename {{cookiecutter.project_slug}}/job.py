@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from federation.command_line import PROJECT, UsageError, parse, validate
+from federation.command_line import ALGORITHMS, OWN_FLAGS, PROJECT, UsageError, parse, validate
 
 START = time.monotonic()
 RUNS = Path("runs")
@@ -32,6 +32,10 @@ def main() -> int:
         if options.check:
             return check(options)
         holdings = get_data(options)
+        if options.resume:
+            from federation import resume
+
+            resume.check(options, holdings)
         if options.prepare_only:
             print(f"{options.dataset} is ready")
         else:
@@ -71,7 +75,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     import torch
 
     import results
-    from federation import display, environments, recipes, schema, tracking
+    from federation import display, environments, recipes, resume, schema, tracking
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -82,16 +86,21 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
 
     (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
     results.show_holdings(holdings.counts)
-    print(f"\nrun {folder}: FedAvg, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {folder}/log.txt")
+    print(
+        f"\nrun {folder}: {ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, rounds: {options.num_rounds}, "
+        f"log: {folder}/log.txt"
+    )
+    if options.resume:
+        print(resume.note(options))
 
-    recipe = recipes.fedavg(options, holdings.classes, folder)
+    recipe = recipes.build(options, holdings.classes, folder)
     tracking.add_tracking(recipe, options.tracking, folder)
     recipe.export(str(folder))
     logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}
     try:
-        with display.follow(logs, options.num_rounds, options.verbose) as follow:
+        with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
             environments.simulate(folder / recipe.name, folder, options, follow)
-        outcome = environments.bring_home(folder, options.num_rounds)
+        outcome = environments.bring_home(folder, options.num_rounds, options.patience)
     except environments.RunFailed as error:
         raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
     finally:
@@ -99,10 +108,13 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     result = {
         "version": schema.VERSION,
         "dataset": options.dataset,
-        "algorithm": "fedavg",
-        "model_class": options.model,
+        "algorithm": options.algorithm,
+        "model_class": options.model_class,
+        **{name: getattr(options, name) for name in OWN_FLAGS if options.algorithm in OWN_FLAGS[name][1]},
+        "resumed": {"run": options.resume, "round": options.first_round} if options.resume else None,
         **{name: getattr(options, name) for name in results.CONFIGURATION},
         "data_root": options.data_root,
+        "tracking": options.tracking,
         "max_batches": options.max_batches,  # of an epoch, in a check; else all
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
         **outcome,

@@ -58,6 +58,8 @@ def show(result: dict) -> None:
     _print(title, table, len(rounds), len(sites), "results.json")
     worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
     print(f"\nFinal test accuracy {_share(test['accuracy'])}, loss {_share(test['loss'])}{worst}")
+    if result["stopped_early"]:
+        print(f"stopped early: no better validation accuracy with --patience {result['patience']}")
     print(f"{result['wall_s']:.0f} s in all")
 
 

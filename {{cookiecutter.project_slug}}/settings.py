@@ -13,6 +13,11 @@ ALPHA = 0.5  # of dirichlet: the smaller, the less alike the sites
 SHARDS_PER_SITE = 2  # of shards
 
 MODEL = "LitNet"  # a LightningModule of model.py
+ALGORITHM = "fedavg"  # fedavg, fedprox, scaffold or fedopt
+FEDPROX_MU = 0.01  # of fedprox: how strongly a site is pulled to the global model
+SERVER_LEARNING_RATE = 1.0  # of fedopt
+SERVER_MOMENTUM = 0.9  # of fedopt
+
 NUM_ROUNDS = {{ cookiecutter.rounds | int }}
 LOCAL_EPOCHS = 1  # passes over a site's training images in a round
 BATCH_SIZE = 16

@@ -9,6 +9,7 @@ from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.base_fedavg import BaseFedAvg
+from nvflare.app_common.workflows.scaffold import Scaffold
 
 VAL_IMAGES = "val_images"  # how client.py names a site's number of validation images
 
@@ -36,7 +37,7 @@ class OrderedMean(ModelAggregator):
         names = sorted(self.results)
         results = [self.results[name] for name in names]
         mean = BaseFedAvg.aggregate_fn(results)
-        mean.metrics = mean_metrics([(result.metrics, result.meta.get(VAL_IMAGES, 0)) for result in results])
+        mean.metrics = _metrics_of(results)
         # NVFlare records each site's own metrics only where an aggregator hands them on.
         mean.meta[AppConstants.METRICS_AGGREGATION_INFO]["sites"] = [
             {
@@ -47,6 +48,22 @@ class OrderedMean(ModelAggregator):
             for name in names
         ]
         return mean
+
+
+class OrderedScaffold(Scaffold):
+    """SCAFFOLD's controller, with the sites' weights and control variates added up in the order of their names."""
+
+    def aggregate(self, results: list[FLModel], aggregate_fn=None) -> FLModel:
+        def ordered(results: list[FLModel]) -> FLModel:
+            mean = aggregate_fn(results)
+            mean.metrics = _metrics_of(results)
+            return mean
+
+        return super().aggregate(sorted(results, key=lambda result: result.meta["client_name"]), ordered)
+
+
+def _metrics_of(results: list[FLModel]) -> dict[str, float]:
+    return mean_metrics([(result.metrics, result.meta.get(VAL_IMAGES, 0)) for result in results])
 
 
 def mean_metrics(sites: list[tuple[dict | None, int]]) -> dict[str, float]:

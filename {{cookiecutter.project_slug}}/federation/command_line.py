@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -12,12 +13,34 @@ import settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 DATASETS = ("cifar10", "fashion_mnist", "bloodmnist", "digits", "image_folder")
+ALGORITHMS = {"fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD", "fedopt": "FedOpt"}
+OWN_FLAGS = {  # flag -> its default, and the algorithms that use it
+    "fedprox_mu": (settings.FEDPROX_MU, ("fedprox",)),
+    "server_learning_rate": (settings.SERVER_LEARNING_RATE, ("fedopt",)),
+    "server_momentum": (settings.SERVER_MOMENTUM, ("fedopt",)),
+    "patience": (None, ("fedavg", "fedprox")),
+}
 PARTITIONS = ("iid", "dirichlet", "shards", "none")
 MINIMUM = {
     **dict.fromkeys(("n_clients", "n_threads", "num_rounds", "local_epochs", "batch_size", "shards_per_site"), 1),
     "image_size": 16,
 }
 TRACKERS = ("none", "tensorboard", "mlflow", "wandb")
+KEPT = (
+    "dataset",
+    "image_size",
+    "partition",
+    "alpha",
+    "shards_per_site",
+    "n_clients",
+    "seed",
+    "algorithm",
+    "model_class",
+)
+TAKEN = (  # of a run that goes on, unless said otherwise
+    *("num_rounds", "local_epochs", "batch_size", "learning_rate", "data_root"),
+    *("fedprox_mu", "server_learning_rate", "server_momentum"),
+)
 
 
 class UsageError(Exception):
@@ -36,12 +59,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Defaults, in brackets, are in settings.py.",
     )
     add = parser.add_argument
-    add("--model", default=settings.MODEL, help="a LightningModule of model.py [%(default)s]")
+    add("--model", dest="model_class", default=settings.MODEL, help="a LightningModule of model.py [%(default)s]")
     add("--n_clients", type=int, default=settings.N_CLIENTS, help="number of sites [%(default)s]")
     add("--num_rounds", type=int, default=settings.NUM_ROUNDS, help="rounds of training [%(default)s]")
     add("--local_epochs", type=int, default=settings.LOCAL_EPOCHS, help="a site's epochs in a round [%(default)s]")
     add("--batch_size", type=int, default=settings.BATCH_SIZE, help="images in a training step [%(default)s]")
     add("--learning_rate", type=float, default=settings.LEARNING_RATE, help="of the sites [%(default)s]")
+    add(
+        "--algorithm", choices=ALGORITHMS, default=settings.ALGORITHM, help="how the sites learn together [%(default)s]"
+    )
+    mu, server = settings.FEDPROX_MU, (settings.SERVER_LEARNING_RATE, settings.SERVER_MOMENTUM)
+    add("--fedprox_mu", type=float, help=f"fedprox: pull to the global model, mu of Li et al. 2020 [{mu}]")
+    add("--server_learning_rate", type=float, help=f"fedopt: eta of Reddi et al. 2021 [{server[0]}]")
+    add("--server_momentum", type=float, help=f"fedopt: the server's momentum, beta 1 [{server[1]}]")
+    add("--patience", type=int, help="fedavg, fedprox: stop after so many rounds without a better validation accuracy")
+    add("--resume", metavar="RUN", help="go on from the last global model of runs/RUN, with its settings")
     add("--dataset", choices=DATASETS, default=settings.DATASET, help="what to train on [%(default)s]")
     add(
         "--data_root",
@@ -61,7 +93,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prepare_only", action="store_true", help="get the data ready and stop")
     add("--check", action="store_true", help="see in one short round whether all works here")
     parser.set_defaults(max_batches=None)  # all; --check trains on a few
-    return parser.parse_args(arguments)
+    parser.set_defaults(first_round=0, resume_from=None)
+    options = parser.parse_args(arguments)
+    if options.resume is not None:
+        made = read_run(options.resume)
+        parser.set_defaults(**{name: made[name] for name in (*KEPT, *TAKEN) if name in made})
+        parser.set_defaults(first_round=made["rounds"][-1]["round"], resume_from=made["folder"] / made["model"])
+        options = parser.parse_args(arguments)
+        options.resume = made["folder"].name
+        for name in KEPT:
+            if getattr(options, name) != made[name]:
+                wanted = f"--{name} is {getattr(options, name)}, but {made[name]} in runs/{options.resume}"
+                raise UsageError(f"{wanted}: a run goes on with the data, sites, seed and algorithm that it began with")
+    return options
+
+
+def read_run(name: str) -> dict:
+    """The results.json of a run to go on from, and its `folder`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = (PROJECT / "runs" / name).resolve()
+    try:
+        made = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        missing = [key for key in ("rounds", "model", *KEPT) if key not in made]
+    except (OSError, ValueError):
+        raise UsageError(f"--resume {name}: runs/{name} has no results.json: only a finished run can go on") from None
+    if missing:
+        raise UsageError(f"--resume {name}: its results.json has no {missing[0]!r}: another version made it")
+    return {**made, "folder": folder}
 
 
 def model_names() -> list[str]:
@@ -90,13 +151,29 @@ def validate(options: argparse.Namespace) -> None:
     for name, minimum in MINIMUM.items():
         if getattr(options, name) is not None and getattr(options, name) < minimum:
             raise UsageError(f"--{name} is {getattr(options, name)}: it must be {minimum} or more")
-    for name in ("alpha", "learning_rate"):
+    for name, (default, users) in OWN_FLAGS.items():
+        if options.algorithm in users:
+            if getattr(options, name) is None:
+                setattr(options, name, default)
+        elif getattr(options, name) is not None:
+            raise UsageError(
+                f"--{name} is a flag of {' and '.join(users)}: --algorithm {options.algorithm} has no use for it"
+            )
+    if options.patience is not None and options.patience < 1:
+        raise UsageError(f"--patience is {options.patience}: it must be 1 or more")
+    if options.server_momentum is not None and not 0 <= options.server_momentum < 1:
+        raise UsageError(f"--server_momentum is {options.server_momentum}: it must be from 0 to below 1")
+    if options.resume is not None and options.check:
+        raise UsageError("--check is a run of its own: leave out --resume")
+    for name in ("alpha", "learning_rate", "fedprox_mu", "server_learning_rate"):
+        if getattr(options, name) is None:
+            continue
         if not 0 < getattr(options, name) < float("inf"):
             raise UsageError(f"--{name} is {getattr(options, name)}: it must be a number above 0")
     if not 0 <= options.seed < 2**32:
         raise UsageError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
-    if options.model not in (known := model_names()):
-        raise UsageError(f"--model is {options.model!r}: model.py has {', '.join(known) or 'no LightningModule'}")
+    if options.model_class not in (known := model_names()):
+        raise UsageError(f"--model is {options.model_class!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise UsageError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")
     if options.name == "latest" or (options.name and (PROJECT / "runs" / options.name).exists()):

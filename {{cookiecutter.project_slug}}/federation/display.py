@@ -62,12 +62,13 @@ class Progress:
 
     Args:
         logs: each site's log, which may not be there yet.
-        num_rounds: of the whole run.
+        num_rounds: of this run.
+        first_round: how many there were before, in a run that goes on from another.
     """
 
-    def __init__(self, logs: dict[str, Path], num_rounds: int):
+    def __init__(self, logs: dict[str, Path], num_rounds: int, first_round: int = 0):
         self.sites = {name: Site(log) for name, log in logs.items()}
-        self.num_rounds = num_rounds
+        self.num_rounds, self.first_round = num_rounds, first_round
         self.rounds: list[dict] = []
         self.ends: list[float] = []  # when the sites began to work, then when each round ended
 
@@ -91,7 +92,7 @@ class Progress:
             self.rounds.append(rounds[len(self.rounds)])
             self.ends.append(now)
             took, left = duration(self.ends[-1] - self.ends[-2]), self.time_left(now, before=", ")
-            done = f"round {len(self.rounds)} of {self.num_rounds} done in {took}"
+            done = f"{self.name(len(self.rounds))} done in {took}"
             lines.append(f"{done}, accuracy before it {self.accuracy()}{left}")  # at most 80 columns
         return lines
 
@@ -105,6 +106,9 @@ class Progress:
             metrics = own[0] if own else []
         value = {metric["name"]: metric["value"] for metric in metrics}.get("val_acc")
         return "-" if value is None else f"{value:.3f}"
+
+    def name(self, number: int) -> str:
+        return f"round {self.first_round + number} of {self.first_round + self.num_rounds}"
 
     def fraction(self) -> float:
         """How much of this round's training the slowest site has done."""
@@ -131,7 +135,7 @@ class Progress:
         for ratio in (None, None, 1):  # the last column takes what is left of the width
             rows.add_column(no_wrap=True, overflow="ellipsis", ratio=ratio)
         if done < self.num_rounds:
-            what, completed = f"round {done + 1} of {self.num_rounds}", done + self.fraction()
+            what, completed = self.name(done + 1), done + self.fraction()
         else:
             what, completed = "final evaluation", done
         accuracy = f"accuracy {self.accuracy()}" if done else ""
@@ -151,12 +155,14 @@ class Progress:
 
 
 @contextlib.contextmanager
-def follow(logs: dict[str, Path], num_rounds: int, verbose: bool) -> Iterator[Callable[[str, list[dict]], None]]:
+def follow(
+    logs: dict[str, Path], num_rounds: int, verbose: bool, first_round: int = 0
+) -> Iterator[Callable[[str, list[dict]], None]]:
     """Show a run while it lasts. What is yielded is to be called a few times a second.
 
     Its arguments are what NVFlare's log has got since, and the records of all rounds so far.
     """
-    progress = Progress(logs, num_rounds)
+    progress = Progress(logs, num_rounds, first_round)
     if verbose:
         yield lambda log, rounds: print(log, end="", flush=True)
     elif not sys.stdout.isatty():

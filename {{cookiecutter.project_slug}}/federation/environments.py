@@ -17,7 +17,7 @@ import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
 from federation import timing
-from federation.evaluation import FILE as EVALUATION
+from federation.evaluation import BEST, FINAL, REPORT
 from federation.workers import forked_clients
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
     Args:
         job: the folder of the exported job.
         run: the run's folder; its path has no white space.
-        options: the command line's; `n_clients`, `n_threads` and `gpu` are used.
+        options: the command line's; `n_clients`, `n_threads`, `algorithm` and `gpu` are used.
         follow: called a few times a second with what the log has got since, and the records of all rounds so far.
 
     Raises:
@@ -64,8 +64,11 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
     at_once = min(options.n_threads or simultaneous_clients(options.n_clients, forked), options.n_clients)
     if at_once < options.n_clients:
         why = "--n_threads asks for" if options.n_threads else "the free memory allows"
+        if options.algorithm == "scaffold":  # each would forget its control variate
+            raise RunFailed(f"SCAFFOLD needs all {options.n_clients} sites at once, and {why} {at_once} at a time")
         print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each starts anew for each of its tasks")
-    os.environ["OMP_NUM_THREADS"] = str(threads_per_client(at_once))  # the clients inherit it
+    # The clients inherit it. The same bits need the same number, so that a user may set it.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_client(at_once)))
     context = multiprocessing.get_context("fork" if FORKS else "spawn")
     simulator = context.Process(
         target=_run_simulator, args=(str(job), str(workspace), str(log), options.n_clients, at_once, gpus, forked)
@@ -137,7 +140,7 @@ def _end_family() -> None:
 def _has_finished(workspace: Path) -> bool:
     """All results are written. What NVFlare's simulator does after that is to wait, for some 4 seconds."""
     log = workspace / "server" / "log.txt"
-    if not (workspace / SERVER / EVALUATION).exists():
+    if not (workspace / SERVER / REPORT).exists():
         return False
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 4096))
@@ -178,37 +181,36 @@ def read_rounds(workspace: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def bring_home(run: Path, num_rounds: int) -> dict:
+def bring_home(run: Path, num_rounds: int, patience: int | None = None) -> dict:
     """Gather what NVFlare left in its workspace: the metrics of every round, the final model and the best one.
 
     Args:
         run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it, and the receipt.
         num_rounds: how many there should be.
+        patience: with it there may be fewer: the last so many began with no better validation accuracy.
 
     Returns:
-        `rounds`, `test`, `model`, `sha256`, `best` and `timing`, as federation/schema.py documents them.
+        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `timing`: federation/schema.py documents them.
 
     Raises:
         RunFailed: something is missing.
     """
     server = run / "workspace" / SERVER
     rounds = read_rounds(run / "workspace")
-    if len(rounds) != num_rounds:
+    stopped_early = patience is not None and len(rounds) < num_rounds and _without_gain(rounds) >= patience
+    if len(rounds) != num_rounds and not stopped_early:
         raise RunFailed(f"only {len(rounds)} of {num_rounds} rounds were finished")
-    if not (server / EVALUATION).exists():
+    if not (server / REPORT).exists():
         raise RunFailed("no site evaluated the final model")
-    evaluation = json.loads((server / EVALUATION).read_text(encoding="utf-8"))
+    evaluation = json.loads((server / REPORT).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
     reports = dict(sorted(final["sites"].items(), key=_by_number))
     silent = {site["name"] for record in rounds for site in record["sites"]} - set(reports)
     if silent:
         raise RunFailed(f"{', '.join(sorted(silent))} did not evaluate the final model")
 
-    last = _take_model(server, "FL_global_model.pt", run / "final.pt")
-    if best["round"] == final["round"]:
-        shutil.copy(run / "final.pt", run / "best.pt")
-    else:
-        _take_model(server, "best_FL_global_model.pt", run / "best.pt")
+    shutil.copy(server / FINAL, run)
+    shutil.copy(server / (FINAL if best["round"] == final["round"] else BEST), run / BEST)
     if (receipt := server / "receipt.jsonl").exists():
         shutil.copy(receipt, run)
     # NVFlare counts from 0 and records what the sites got: the model before the round.
@@ -219,10 +221,11 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     curve[final["round"]] = reports
     return {
         "rounds": [_validation(number, reports, curve[number]) for number in curve],
+        "stopped_early": stopped_early,
         "test": _test(reports),
-        "model": "final.pt",
-        "sha256": fingerprint(last),
-        "best": {"round": best["round"], "model": "best.pt", "test": _test(best["sites"])},
+        "model": FINAL,
+        "sha256": fingerprint(torch.load(run / FINAL, weights_only=True)),
+        "best": {"round": best["round"], "model": BEST, "test": _test(best["sites"])},
         "timing": timing.totals(timing.phases(run / "workspace")),
     }
 
@@ -240,6 +243,12 @@ def _validation(number: int, reports: dict[str, dict], metrics: dict[str, dict])
     }
 
 
+def _without_gain(rounds: list[dict]) -> int:
+    """How many rounds there have been since the one with the best validation accuracy."""
+    accuracies = [m["value"] for record in rounds for m in record["aggregated_metrics"] if m["name"] == "val_acc"]
+    return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
+
+
 def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
     """SHA-256 of all tensors in the order of their names: equal only where every bit of every weight is."""
     digest = hashlib.sha256()
@@ -247,14 +256,6 @@ def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _take_model(server: Path, name: str, to: Path) -> dict[str, torch.Tensor]:
-    """Copy a model out of NVFlare's checkpoint into a file of its own."""
-    weights = torch.load(server / "app_server" / name, weights_only=True)["model"]
-    model = {name: torch.as_tensor(value) for name, value in weights.items()}
-    torch.save(model, to)
-    return model
 
 
 def _test(reports: dict[str, dict]) -> dict:

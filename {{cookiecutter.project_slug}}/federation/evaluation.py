@@ -8,10 +8,11 @@ is known before the end, and it is tested only where the last one turns out to v
 import json
 from pathlib import Path
 
+import torch
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey
-from nvflare.app_common.app_constant import AppConstants, DefaultCheckpointFileName
+from nvflare.app_common.abstract.model import ModelLearnableKey
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.model_controller import ModelController
@@ -19,14 +20,16 @@ from nvflare.app_common.workflows.model_controller import ModelController
 from federation.aggregator import VAL_IMAGES, mean_metrics
 
 METRIC = "val_acc"
-FILE = "evaluation.json"  # in the server's run folder; federation/environments.py brings it home
+FINAL, BEST, REPORT = "final.pt", "best.pt", "evaluation.json"  # in the server's run folder
 
 
 class FinalEvaluation(ModelController):
     """Runs after the training workflow, whichever algorithm that is, and follows it by its events.
 
-    Leaves `evaluation.json`: `final` and `best`, each with its `round` (how many aggregations made it) and, for each
-    site, the metrics that client.py sends. The models are where NVFlare's persistor puts them.
+    Leaves plain state dicts, `final.pt` and, where another one validated better, `best.pt`: NVFlare's own files are
+    not all that (with early stopping it does not save the last aggregate, and SCAFFOLD's are no plain tensors). And
+    `evaluation.json`: `final` and `best`, each with its `round` (how many aggregations made it), its validation
+    `accuracy`, and for each site the metrics that client.py sends.
     """
 
     def __init__(self):
@@ -47,22 +50,31 @@ class FinalEvaluation(ModelController):
         accuracy = (result.metrics or {}).get(METRIC)
         if began > 0 and accuracy is not None and accuracy >= self.best_accuracy:  # 0: it is not trained yet
             self.best_round, self.best_accuracy = began, accuracy
-            self.fire_event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE, fl_ctx)  # NVFlare's persistor saves it
+            torch.save(_global_model(fl_ctx), _folder(fl_ctx) / BEST)
 
     def run(self) -> None:
-        final = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
-        self.persistor.save(final, self.fl_ctx)  # with early stopping NVFlare has saved some of the rounds only
+        folder, final = _folder(self.fl_ctx), _global_model(self.fl_ctx)
+        torch.save(final, folder / FINAL)
         report = {"final": self.evaluate(final, self.n_aggregations)}
         report["best"] = report["final"]
         if (report["final"]["accuracy"] or 0) < self.best_accuracy:
-            best = self.persistor.get(DefaultCheckpointFileName.BEST_GLOBAL_MODEL, self.fl_ctx)
-            report["best"] = self.evaluate(best, self.best_round)
-        Path(self.get_run_dir(), FILE).write_text(json.dumps(report), encoding="utf-8")
+            report["best"] = self.evaluate(torch.load(folder / BEST, weights_only=True), self.best_round)
+        (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
 
-    def evaluate(self, model: ModelLearnable, n_aggregations: int) -> dict:
+    def evaluate(self, model: dict[str, torch.Tensor], n_aggregations: int) -> dict:
         """Let all sites validate and test a model."""
-        data = FLModel(params_type=ParamsType.FULL, params=model[ModelLearnableKey.WEIGHTS])
+        weights = {name: weight.numpy() for name, weight in model.items()}
+        data = FLModel(params_type=ParamsType.FULL, params=weights)
         results = self.send_model_and_wait(task_name=AppConstants.TASK_VALIDATION, data=data)
         sites = {result.meta["client_name"]: result.metrics for result in results}
         accuracy = mean_metrics([(sites[name], sites[name][VAL_IMAGES]) for name in sorted(sites)]).get(METRIC)
         return {"round": n_aggregations, "accuracy": accuracy, "sites": sites}
+
+
+def _global_model(fl_ctx) -> dict[str, torch.Tensor]:
+    weights = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
+    return {name: torch.as_tensor(weight) for name, weight in weights.items()}
+
+
+def _folder(fl_ctx) -> Path:
+    return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))

@@ -4,16 +4,19 @@ from pathlib import Path
 
 import torch
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
+from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
+from nvflare.app_opt.pt.recipes.fedprox import FedProxRecipe
+from nvflare.app_opt.pt.recipes.scaffold import ScaffoldRecipe
 
 import model as models
-from federation.aggregator import OrderedMean
-from federation.evaluation import FinalEvaluation
+from federation.aggregator import OrderedMean, OrderedScaffold
+from federation.evaluation import METRIC, FinalEvaluation
+from federation.fedopt import StartFromCheckpoint
 from federation.receipt import Receipt
 
 CLIENT_OPTIONS = (
-    "model",
+    "model_class",
     "batch_size",
-    "num_rounds",
     "local_epochs",
     "learning_rate",
     "dataset",
@@ -28,8 +31,8 @@ CLIENT_OPTIONS = (
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
 
 
-def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
-    """Federated averaging (McMahan et al. 2017): all sites in each round, weighted by their training images.
+def build(options, classes: list[str], run: Path):
+    """The recipe of `options.algorithm`: all sites take part in each round, weighted by their training images.
 
     Args:
         options: the command line's.
@@ -38,22 +41,29 @@ def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
     """
     model_args = {"num_classes": len(classes), "learning_rate": options.learning_rate}
     torch.manual_seed(options.seed)
+    if options.resume:
+        weights = torch.load(options.resume_from, weights_only=True)
+    else:
+        weights = getattr(models, options.model_class)(**model_args).state_dict()
     bundle = run / "bundle"  # travels with the job, beside the code
     bundle.mkdir()
-    torch.save(getattr(models, options.model)(**model_args).state_dict(), bundle / "initial.pt")
+    torch.save(weights, bundle / "initial.pt")
     (bundle / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 
-    recipe = FedAvgRecipe(
+    recipe = ALGORITHMS[options.algorithm](
+        options,
         name="job",
-        model={"class_path": f"model.{options.model}", "args": model_args},
+        model={"class_path": f"model.{options.model_class}", "args": model_args},
         initial_ckpt=str(bundle / "initial.pt"),
         min_clients=options.n_clients,
         num_rounds=options.num_rounds,
         train_script="client.py",
         train_args=client_arguments(options),
-        aggregator=OrderedMean(),
-        key_metric="",  # FinalEvaluation finds the best model, with the last one among the candidates
     )
+    server = _server(recipe)
+    server.components.pop("model_selector", None)  # FinalEvaluation finds the best model, the last one among them
+    controller = server.workflows[0].controller
+    vars(controller)["_start_round" if hasattr(controller, "_start_round") else "start_round"] = options.first_round
     recipe.add_client_file(str(bundle))
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
     recipe._job.to_server(FinalEvaluation(), id="final_evaluation")  # no public method does it
@@ -61,9 +71,57 @@ def fedavg(options, classes: list[str], run: Path) -> FedAvgRecipe:
     return recipe
 
 
+def fedavg(options, **shared) -> FedAvgRecipe:
+    """McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"."""
+    return FedAvgRecipe(aggregator=OrderedMean(), **_early_stopping(options), **shared)
+
+
+def fedprox(options, **shared) -> FedProxRecipe:
+    """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu weighs the pull to the global model."""
+    own = {"aggregator": OrderedMean(), "fedprox_mu": options.fedprox_mu}
+    return FedProxRecipe(**own, **_early_stopping(options), **shared)
+
+
+def scaffold(options, **shared) -> ScaffoldRecipe:
+    """Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", option II."""
+    recipe = ScaffoldRecipe(**shared)
+    own = OrderedScaffold(num_clients=options.n_clients, num_rounds=options.num_rounds)
+    _server(recipe).workflows[0].controller = own  # the recipe takes no aggregator
+    return recipe
+
+
+def fedopt(options, **shared) -> FedOptRecipe:
+    """Reddi et al. 2021, "Adaptive Federated Optimization": the server takes the sites' mean change for a gradient.
+
+    Its optimizer is SGD with momentum, which makes it the paper's FedAvgM.
+    """
+    sgd = {"lr": options.server_learning_rate, "momentum": options.server_momentum}
+    optimizer = {"path": "torch.optim.SGD", "args": sgd}
+    recipe = FedOptRecipe(aggregator=OrderedMean(), optimizer_args=optimizer, device="cpu", **shared)
+    # NVFlare exports those of a model's arguments that it has as attributes, and the model's defaults for others.
+    vars(_server(recipe).components["model"]).update(shared["model"]["args"])
+    recipe._job.to_server(StartFromCheckpoint(), id="start_from_checkpoint")
+    return recipe
+
+
+ALGORITHMS = {"fedavg": fedavg, "fedprox": fedprox, "scaffold": scaffold, "fedopt": fedopt}
+
+
+def _early_stopping(options) -> dict:
+    # NVFlare heeds `patience` only beside a condition: this one never holds.
+    stop = {"stop_cond": f"{METRIC} > inf", "patience": options.patience} if options.patience else {}
+    return {"key_metric": METRIC, **stop}
+
+
+def _server(recipe):
+    """What the recipe has built for the server. NVFlare has no public door to it; its own recipe.utils go this way."""
+    return recipe._job._deploy_map["server"].app_config
+
+
 def client_arguments(options) -> str:
     """client.py's command line. NVFlare splits it at white space, so no value may contain any."""
     arguments = [f"--{name} {getattr(options, name)}" for name in CLIENT_OPTIONS]
+    arguments.append(f"--num_rounds {options.first_round + options.num_rounds}")  # with those of a run that goes on
     if options.gpu:
         arguments.append("--gpu")
     if options.max_batches:

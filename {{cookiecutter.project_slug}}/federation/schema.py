@@ -9,6 +9,10 @@
 | `max_batches` | training batches of an epoch in a check; null: all |
 | `data_root` | where the images were on the machine that made the run; null: in the cache. Not shown in reports |
 | `device` | `cpu`, or the GPU's name |
+| `fedprox_mu`, `server_learning_rate`, `server_momentum`, `patience` | flags of job.py, where the algorithm has them |
+| `tracking` | the experiment tracker |
+| `resumed` | the `run` that this one goes on from, and after which `round` of it; null: none |
+| `stopped_early` | whether `patience` ended the run before `num_rounds` |
 | `rounds` | the global model on the sites' validation images after `round` = 0, 1, 2, ... rounds: `accuracy` and \
 `loss` of all sites (means weighted by images), `sites` and `losses`: site -> its accuracy, its loss |
 | `test` | the final model on the test images: `accuracy`, `loss` of all sites; `sites`: site -> `accuracy`, `loss`, \
@@ -62,8 +66,8 @@ def read(run: Path) -> dict:
     for entry in result["rounds"]:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
-    missing = dict.fromkeys(("model_class", "best", "max_batches", "data_root", "sha256", "timing"))
-    return {"version": 0, "versions": {}, **missing, **result}
+    missing = dict.fromkeys(("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing"))
+    return {"version": 0, "tracking": "none", "stopped_early": False, "versions": {}, **missing, **result}
 
 
 def read_json(path: Path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
 from nvflare.app_common.abstract.model import make_model_learnable
@@ -98,46 +99,45 @@ def test_the_record_of_a_round_names_the_sites_in_order():
     assert [site["weight"] for site in sites] == [IMAGES[name] for name in sorted(IMAGES)]
 
 
-def evaluate(tmp_path, rounds: list[float], final: float, first_round: int = 0) -> tuple[dict, list]:
+def evaluate(folder, rounds: list[float], final: float, first_round: int = 0) -> tuple[dict, list]:
     """Play a run: the validation accuracy that each round began with, and that of the final model.
 
     Returns evaluation.json, and the models that the sites were given, each a number: how many aggregations made it.
     """
-    context, asked, kept = FLContext(), [], {}
+    context, asked = FLContext(), []
+    workspace = SimpleNamespace(get_run_dir=lambda _: folder)
+    context.get_engine = lambda: SimpleNamespace(get_workspace=lambda: workspace)
     accuracies = dict(enumerate([*rounds, final], start=first_round))
     evaluation = FinalEvaluation()
-    evaluation.fl_ctx, evaluation.get_run_dir = context, lambda: tmp_path
+    evaluation.fl_ctx = context
 
-    def persist(name, model):
-        kept[name] = model
-
-    evaluation.persistor = SimpleNamespace(
-        save=lambda model, _: persist("FL_global_model.pt", model), get=lambda name, _: kept[name]
-    )
-
-    def best_model_available(event, fl_ctx):
-        assert event == AppEventType.GLOBAL_BEST_MODEL_AVAILABLE
-        persist("best_FL_global_model.pt", fl_ctx.get_prop(AppConstants.GLOBAL_MODEL))
+    def global_model(number):
+        model = make_model_learnable({"made of": np.array([number])}, {"not": np.zeros(1), "a": "tensor"})
+        context.set_prop(AppConstants.GLOBAL_MODEL, model, private=True, sticky=True)
 
     def ask_the_sites(task_name, data):
-        number = data.params["made of"]
+        number = data.params["made of"].item()
         asked.append(number)
         metrics = {"val_acc": accuracies[number], "val_images": 5}
         return [FLModel(metrics=metrics, meta={"client_name": name}) for name in ("site-2", "site-1")]
 
-    evaluation.fire_event, evaluation.send_model_and_wait = best_model_available, ask_the_sites
+    evaluation.send_model_and_wait = ask_the_sites
     for number in range(first_round, first_round + len(rounds)):
-        model = make_model_learnable({"made of": number}, {})
-        context.set_prop(AppConstants.GLOBAL_MODEL, model, private=True, sticky=True)
+        global_model(number)
         context.set_prop(AppConstants.CURRENT_ROUND, number, private=True, sticky=True)
         result = FLModel(params={"w": 0}, metrics={"val_acc": accuracies[number]})
         context.set_prop(AppConstants.AGGREGATION_RESULT, result, private=True, sticky=False)
         evaluation.handle_event(AppEventType.AFTER_AGGREGATION, context)
-    last = make_model_learnable({"made of": first_round + len(rounds)}, {})
-    context.set_prop(AppConstants.GLOBAL_MODEL, last, private=True, sticky=True)
+    global_model(first_round + len(rounds))
     evaluation.run()
-    assert kept["FL_global_model.pt"] is last
-    return json.loads((tmp_path / "evaluation.json").read_text()), asked
+    report = json.loads((folder / "evaluation.json").read_text())
+    kept = {
+        "final": "final.pt",
+        "best": "best.pt" if report["best"]["round"] != report["final"]["round"] else "final.pt",
+    }
+    for which, file in kept.items():
+        assert torch.load(folder / file, weights_only=True) == {"made of": torch.tensor([report[which]["round"]])}
+    return report, asked
 
 
 BEST = {

@@ -133,7 +133,7 @@ def test_nothing_heavy_is_imported_to_answer(project, flags):
 def test_without_nvflare_it_names_the_interpreter_to_use(project):
     run = project.run("-S", "job.py")  # -S: without installed packages
     assert run.returncode == 2
-    assert "pip install -r requirements.txt" in run.stderr
+    assert "python3 install.py" in run.stderr
     own = project.folder / ".venv" / "bin" / "python"
     own.parent.mkdir(parents=True)
     own.touch()
