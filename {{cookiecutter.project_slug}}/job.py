@@ -1,6 +1,6 @@
 """Run a federation: `python job.py`. All flags: `python job.py --help`.
 
-Command line -> data -> recipe -> simulator -> `runs/<name>/` with the final model and `results.json`.
+Command line -> data -> recipe -> simulator, POC or sites -> `runs/<name>/` with the final model and `results.json`.
 """
 
 import argparse
@@ -32,7 +32,9 @@ def main() -> int:
         if options.check:
             return check(options)
         holdings = get_data(options)
-        if options.prepare_only:
+        if options.export:
+            export(options, holdings)
+        elif options.prepare_only:
             print(f"{options.dataset} is ready")
         else:
             federate(options, holdings, new_run(options.name))
@@ -56,6 +58,8 @@ def get_data(options: argparse.Namespace):
     import data
 
     try:
+        if options.env == "prod":  # the images are at the sites
+            return data.Holdings(data.known_classes(options), {}, {})
         data.prepare(options)
         return data.describe(options)
     except data.DataError as error:
@@ -71,7 +75,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     import torch
 
     import results
-    from federation import environments, recipes
+    from federation import environments, recipes, sites
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -81,20 +85,23 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
         print("WARNING: --gpu was asked for, but there is no CUDA GPU here: training on the CPU")
 
     (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
-    results.show_holdings(holdings.counts)
+    if holdings.counts:
+        results.show_holdings(holdings.counts)
     print(f"\nrun {folder}: FedAvg, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {folder}/log.txt")
 
     recipe = recipes.fedavg(options, holdings.classes, folder)
     recipe.export(str(folder))
     progress = results.Progress(options.num_rounds, options.verbose)
     try:
-        environments.simulate(folder / recipe.name, folder, options, progress)
+        run_job = {"sim": environments.simulate, "poc": sites.rehearse, "prod": sites.submit}[options.env]
+        run_job(folder / recipe.name, folder, options, progress)
         outcome = environments.bring_home(folder, options.num_rounds)
     except environments.RunFailed as error:
         raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
     result = {
         "dataset": options.dataset,
         "algorithm": "fedavg",
+        "env": options.env,
         **{name: getattr(options, name) for name in results.CONFIGURATION},
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
         **outcome,
@@ -104,6 +111,20 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     results.show(result)
     print(f"{folder}/results.json has all figures, {folder}/{result['model']} the model")
     return result
+
+
+def export(options: argparse.Namespace, holdings) -> None:
+    """Write the job for real sites to `options.export`: what a submission would send, for others to review and submit."""
+    import shutil
+
+    from federation import recipes, sites
+
+    run = new_run(options.name)
+    recipe = recipes.fedavg(options, holdings.classes, run)
+    recipe.export(str(run))
+    sites.address(run / recipe.name, options.sites)
+    shutil.copytree(run / recipe.name, options.export)
+    print(f"{options.export} is the job: submit it with  nvflare job submit -j {options.export} --startup-kit KIT")
 
 
 def new_run(name: str | None) -> Path:

@@ -66,15 +66,15 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
             while True:
                 running = simulator.is_alive()
                 follow(lines.read(), read_rounds(workspace))
-                if died := _dead_client(workspace):
-                    raise RunFailed(_root_cause(workspace) or f"{died} died: its process is gone")
+                if died := dead_client(workspace):
+                    raise RunFailed(root_cause(workspace) or f"{died} died: its process is gone")
                 if not running:
                     break
                 simulator.join(POLL_S)
     finally:
-        _end_family()
+        end_family()
     if simulator.exitcode != 0:
-        raise RunFailed(_root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
+        raise RunFailed(root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
 
 
 def _run_simulator(job: str, workspace: str, log: str, n_clients: int, threads: int, gpus: str | None) -> None:
@@ -101,10 +101,16 @@ def _run_simulator(job: str, workspace: str, log: str, n_clients: int, threads: 
     sys.exit(simulator.run())
 
 
-def _end_family() -> None:
-    """End every process that descends from this one. An impatient second Ctrl-C must not interrupt that."""
+def end_family(home: Path | None = None) -> None:
+    """End every process that descends from this one, or was started with a path in the folder `home`.
+
+    An impatient second Ctrl-C must not interrupt that.
+    """
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     family = psutil.Process().children(recursive=True)
+    for process in psutil.process_iter(["cmdline"]) if home else ():  # its parent may have died before
+        if process not in family and any(word.startswith(f"{home}/") for word in process.info["cmdline"] or ()):
+            family.append(process)
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -115,7 +121,7 @@ def _end_family() -> None:
         signal.signal(number, handler)
 
 
-def _dead_client(workspace: Path) -> str | None:
+def dead_client(workspace: Path) -> str | None:
     """A client whose process has vanished: NVFlare's server notes it and waits for ever."""
     log = workspace / "server" / "error_log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
@@ -123,7 +129,7 @@ def _dead_client(workspace: Path) -> str | None:
     return found[1] if found else None
 
 
-def _root_cause(workspace: Path) -> str:
+def root_cause(workspace: Path) -> str:
     """The error that came first at any site: its last line, then where in the project's files. Empty if none."""
     errors = []
     for log in workspace.glob("*/log.txt"):
