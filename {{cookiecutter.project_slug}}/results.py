@@ -19,14 +19,15 @@ MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json
 
 def show_holdings(counts: dict[str, dict[str, int]]) -> None:
     """Print who holds what: a row a site, a column a class; `counts` is that of partition.json."""
-    classes = list(next(iter(counts.values())))
+    classes = list(max(counts.values(), key=len))
     table = _table()
     _column(table, "site", left=True)
     for name in classes[:MAX_COLUMNS]:
         _column(table, name[:6])
     _column(table, "all")
     for site, held in list(counts.items())[:MAX_ROWS]:
-        table.add_row(site, *(str(held[name]) for name in classes[:MAX_COLUMNS]), str(sum(held.values())))
+        row = (str(held.get(name, "-")) for name in classes[:MAX_COLUMNS])  # a real site may keep it to itself
+        table.add_row(site, *row, str(sum(held.values())) if held else "-")
     _print("Who holds what (images to learn from)", table, len(counts), len(classes), "partition.json")
 
 
@@ -100,7 +101,8 @@ def main() -> int:
     parser.add_argument("run", nargs="?", default="latest", help="name of a folder under runs/ [the newest]")
     run = RUNS / parser.parse_args().run
     try:
-        show_holdings(json.loads((run / "partition.json").read_text(encoding="utf-8"))["counts"])
+        if counts := json.loads((run / "partition.json").read_text(encoding="utf-8"))["counts"]:
+            show_holdings(counts)
         show(json.loads((run / "results.json").read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         print(f"results.py: {error.filename} is not there: finish a run with python job.py", file=sys.stderr)

@@ -133,9 +133,7 @@ def _validate_environment(options: argparse.Namespace) -> None:
             raise UsageError(f"--export: {options.export} exists: choose another folder")
         return
     if not options.startup_kit:
-        raise UsageError(
-            "--startup_kit DIR is missing: the folder that you were given, with startup/fed_admin.json in it"
-        )
+        raise UsageError("--startup_kit DIR is missing: the folder that you were given, with startup/ in it")
     kit = Path(options.startup_kit, "startup", "fed_admin.json")
     if not kit.is_file():
         raise UsageError(f"--startup_kit: {kit} is not there: name the folder that holds startup/, a submitter's kit")

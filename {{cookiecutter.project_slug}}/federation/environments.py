@@ -66,7 +66,7 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
             while True:
                 running = simulator.is_alive()
                 follow(lines.read(), read_rounds(workspace))
-                if died := dead_client(workspace):
+                if died := _dead_client(workspace):
                     raise RunFailed(root_cause(workspace) or f"{died} died: its process is gone")
                 if not running:
                     break
@@ -121,7 +121,7 @@ def end_family(home: Path | None = None) -> None:
         signal.signal(number, handler)
 
 
-def dead_client(workspace: Path) -> str | None:
+def _dead_client(workspace: Path) -> str | None:
     """A client whose process has vanished: NVFlare's server notes it and waits for ever."""
     log = workspace / "server" / "error_log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
@@ -152,15 +152,17 @@ def read_rounds(workspace: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def bring_home(run: Path, num_rounds: int) -> dict:
+def bring_home(run: Path, num_rounds: int, tolerant: bool = False) -> dict:
     """Gather what NVFlare left in its workspace: the metrics of every round and the final model.
 
     Args:
         run: the run's folder. `final.pt`, a plain dict of tensors, is written into it.
         num_rounds: how many there should be.
+        tolerant: whether sites may have been lost on the way.
 
     Returns:
-        `rounds`, `test` and `model`, as results.json documents them.
+        `rounds`, `test`, `model` and `lost`, as results.json documents them, and `counts`: site -> class -> number of
+        images, where sites have told (those that have not: empty), else empty.
 
     Raises:
         RunFailed: something is missing.
@@ -177,9 +179,9 @@ def bring_home(run: Path, num_rounds: int) -> dict:
         for site, models in sorted(json.loads(evaluation.read_text(encoding="utf-8")).items(), key=_by_number)
         if "SRV_FL_global_model.pt" in models
     }
-    silent = {site["name"] for record in rounds for site in record["sites"]} - set(reports)
-    if silent:
-        raise RunFailed(f"{', '.join(sorted(silent))} did not evaluate the final model")
+    lost = sorted({site["name"] for record in rounds for site in record["sites"]} - set(reports))
+    if lost and not tolerant:
+        raise RunFailed(f"{', '.join(lost)} did not evaluate the final model")
 
     checkpoint = torch.load(workspace / SERVER / "app_server" / "FL_global_model.pt", weights_only=True)
     torch.save({name: torch.as_tensor(value) for name, value in checkpoint["model"].items()}, run / "final.pt")
@@ -187,8 +189,12 @@ def bring_home(run: Path, num_rounds: int) -> dict:
     curve = []
     for record in rounds:  # NVFlare counts from 0 and records what the sites got: the model before the round
         metrics = {s["name"]: {m["name"]: m["value"] for m in s["metrics"]} for s in record["sites"]}
-        curve.append({site: metrics[site].get("val_acc") for site in reports})
-    curve.append({site: report.get("val_acc") for site, report in reports.items()})
+        curve.append({site: metrics.get(site, {}).get("val_acc") for site in (*reports, *lost)})
+    curve.append({site: reports.get(site, {}).get("val_acc") for site in (*reports, *lost)})
+    counts = {
+        site: {name.removeprefix("holds "): n for name, n in report.items() if name.startswith("holds ")}
+        for site, report in reports.items()
+    }
     tests = {
         site: {"accuracy": report.get("test_acc"), "loss": report.get("test_loss"), "images": report["test_images"]}
         for site, report in reports.items()
@@ -204,6 +210,8 @@ def bring_home(run: Path, num_rounds: int) -> dict:
             "worst": min(tested, key=lambda site: tested[site]["accuracy"], default=None),
         },
         "model": "final.pt",
+        "lost": lost,
+        "counts": counts if any(counts.values()) else {},
     }
 
 
@@ -214,5 +222,6 @@ def _by_number(item: tuple[str, object]) -> tuple[int, str]:
 
 
 def _mean(values: dict[str, float], weights: dict[str, int]) -> float | None:
-    total = sum(weights[site] for site in values)
-    return sum(value * weights[site] for site, value in values.items()) / total if total else None
+    known = {site: value for site, value in values.items() if value is not None and site in weights}
+    total = sum(weights[site] for site in known)
+    return sum(value * weights[site] for site, value in known.items()) / total if total else None

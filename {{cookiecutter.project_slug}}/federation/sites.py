@@ -26,7 +26,6 @@ from federation.environments import (
     PROJECT,
     SERVER,
     RunFailed,
-    dead_client,
     end_family,
     read_rounds,
     root_cause,
@@ -66,19 +65,19 @@ def rehearse(job: Path, run: Path, options, follow: Follow) -> None:
         with log.open("a", encoding="utf-8") as stream:
             with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
                 kits = _provision_poc((run / "federation").resolve(), sites)
-            server = _start(kits / "server", stream, options)
+            processes = {"server": _start(kits / "server", stream, options)}
             for number, site in enumerate(sites):
-                _start(kits / site, stream, options, number)
+                processes[site] = _start(kits / site, stream, options, number)
         with log.open(encoding="utf-8", errors="replace") as lines:
-            session = _log_in(kits / POC_ADMIN, POC_ADMIN, START_S, server)
+            session = _log_in(kits / POC_ADMIN, POC_ADMIN, START_S, processes["server"])
             _await_sites(session, sites, SITES_S)
             job_id = session.submit_job(str(job.resolve()))
             workspace = _lay_out(run, kits, sites, job_id)
 
             def look(meta: dict) -> None:
                 follow(lines.read(), read_rounds(workspace))
-                if died := dead_client(workspace):
-                    raise RunFailed(root_cause(workspace) or f"{died} died: its process is gone")
+                if died := [name for name, process in processes.items() if process.poll() is not None]:
+                    raise RunFailed(root_cause(workspace) or f"{', '.join(died)} died: its process is gone")
 
             status = _watch(session, job_id, look)
             look({})
@@ -125,7 +124,7 @@ def submit(job: Path, run: Path, options, follow: Follow) -> None:
         ended = True
         _bring_workspace_home(session, job_id, workspace / SERVER)
         if status != "FINISHED:COMPLETED":
-            raise RunFailed(_failed_site(workspace / SERVER) or f"NVFlare ended the job with {status}")
+            raise RunFailed(_failed_site(workspace / SERVER / "log.txt") or f"NVFlare ended the job with {status}")
     finally:
         if session:
             if job_id and not ended:
@@ -194,11 +193,10 @@ def _lay_out(run: Path, kits: Path, sites: list[str], job_id: str) -> Path:
     """Link what server and sites write to where the simulator would write it."""
     workspace = run / "workspace"
     (workspace / SERVER).parent.mkdir(parents=True)
-    (workspace / SERVER).symlink_to(kits / "server" / job_id)
-    for name in ("log.txt", "error_log.txt"):
-        (workspace / "server" / name).symlink_to(kits / "server" / job_id / name)
-    for site in sites:
-        (workspace / site).symlink_to(kits / site / job_id)
+    links = {workspace / SERVER: kits / "server" / job_id}
+    links |= {workspace / site: kits / site / job_id for site in sites}
+    for link, folder in links.items():
+        link.symlink_to(os.path.relpath(folder, link.parent.resolve()))
     return workspace
 
 
@@ -266,6 +264,13 @@ def _watch(session: Session, job_id: str, look: Callable[[dict], None], patience
 
 def _server_log(session: Session, job_id: str) -> str:
     return session.get_job_logs(job_id, "server")["logs"].get("server", "")
+
+
+def _failed_site(log: Path) -> str:
+    """What a server's log tells of a site that failed. Its reason is in the site's own log, and does not leave it."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    found = re.search(r"client (\S+?)[:,]? .*EXECUTION_EXCEPTION", text)
+    return f"{found[1]} failed" if found else ""
 
 
 def _rounds_in(log: str) -> list[dict]:
