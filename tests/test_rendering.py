@@ -20,6 +20,11 @@ FILES = """
     README.md
     client.py
     data.py
+    deploy/Dockerfile
+    deploy/README.md
+    deploy/compose.yml
+    deploy/healthy.py
+    deploy/project.yml
     federation/aggregator.py
     federation/catalog.py
     federation/check.py
@@ -28,6 +33,7 @@ FILES = """
     federation/partition.py
     federation/quick_start.py
     federation/recipes.py
+    federation/sites.py
     job.py
     model.py
     prepare_data.sh
@@ -44,6 +50,7 @@ FILES = """
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_partition.py
+    tests/test_sites.py
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -109,6 +110,81 @@ class Federation:
             *("job.py", "--env", "prod", "--startup_kit", str(self.kits / by), "--sites", ",".join(sites)),
             *("--dataset", "image_folder", "--classes", str(self.folder / "classes.txt"), "--num_rounds", "2", *flags),
         ]
+
+
+PROD = ["--env", "prod", "--dataset", "digits"]
+BAD_FLAGS = {
+    "a kit without sites": (["--startup_kit", "."], "--startup_kit is for real sites: add --env prod"),
+    "no kit": (PROD, "--startup_kit DIR is missing"),
+    "a kit that is none": ([*PROD, "--startup_kit", "."], "startup/fed_admin.json is not there"),
+    "images dealt to real sites": ([*PROD, "--partition", "iid"], "real sites have their own: use none"),
+    "the sites' images here": ([*PROD, "--data_root", "."], "each site sets its own FL_DATA_ROOT"),
+    "a check of real sites": ([*PROD, "--check"], "leave --env prod out"),
+    "no classes": (["--env", "prod", "--dataset", "image_folder"], "--classes FILE is missing"),
+    "classes that are not there": ([*PROD, "--classes", "/nowhere"], "there is no file /nowhere"),
+    "an export over something": ([*PROD, "--export", "."], "exists: choose another folder"),
+    "a site twice": ([*PROD, "--sites", "a,b,a"], "--sites names a twice"),
+    "spaces among sites": ([*PROD, "--sites", "a, b"], "--sites has a name ' b'"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FLAGS)
+def test_a_wrong_flag_is_refused_in_one_line(project, fault):
+    flags, message = BAD_FLAGS[fault]
+    run = project.run("job.py", *flags)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r"job.py: .*\n", run.stderr)
+    assert message in run.stderr
+    assert not (project.folder / "runs").exists()
+
+
+def test_an_export_is_the_whole_job_without_an_image(project, tmp_path):
+    """It goes to the sites of deploy/project.yml, and goes on as long as more than half of them are there."""
+    (tmp_path / "classes.txt").write_text("cat\n\ndog \n")
+    flags = ["--dataset", "image_folder", "--classes", str(tmp_path / "classes.txt"), "--export", str(tmp_path / "job")]
+    run = project.run("job.py", "--env", "prod", *flags)
+    assert run.returncode == 0, run.stderr
+    meta = json.loads((tmp_path / "job" / "meta.json").read_text())
+    provision = yaml.safe_load((project.folder / "deploy" / "project.yml").read_text())
+    sites = [member["name"] for member in provision["participants"] if member["type"] == "client"]
+    assert meta["deploy_map"] == {"app": ["server", *sites]}
+    assert meta["min_clients"] == len(sites) // 2 + 1
+    custom = tmp_path / "job" / "app" / "custom"
+    assert (custom / "classes.txt").read_text() == "cat\ndog\n"
+    assert "--partition none" in (tmp_path / "job" / "app" / "config" / "config_fed_client.json").read_text()
+
+
+def test_the_known_classes_of_a_public_data_set_are_those_of_its_images():
+    from torchvision.datasets import FashionMNIST
+
+    from federation.catalog import SOURCES, open_split, prepare
+
+    assert list(SOURCES["digits"].classes) == open_split(prepare("digits", None, 32), "train").classes
+    assert list(SOURCES["fashion_mnist"].classes) == [name.replace("/", " or ") for name in FashionMNIST.classes]
+    assert [len(SOURCES[name].classes) for name in ("cifar10", "bloodmnist")] == [10, 8]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, for containers")
+def test_the_health_check_tells_a_server_that_listens_and_a_site_that_is_connected(project, tmp_path):
+    for name in ("server", "client"):
+        (tmp_path / name / "startup").mkdir(parents=True)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        for name in ("server", "client"):
+            config = {"servers": [{"service": {"target": f"localhost:{port}"}}]}
+            (tmp_path / name / "startup" / f"fed_{name}.json").write_text(json.dumps(config))
+
+        def health(name):
+            run = project.run("deploy/healthy.py", str(tmp_path / name))
+            return run.returncode, run.stdout
+
+        assert health("server") == (1, f"nothing listens at port {port}\n")
+        server.listen()
+        assert health("server") == (0, "")
+        assert health("client") == (1, f"not connected to localhost:{port}\n")
+        with socket.create_connection(("127.0.0.1", port)):
+            assert health("client") == (0, "")
 
 
 @pytest.fixture(scope="module")
