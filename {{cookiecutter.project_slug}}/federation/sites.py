@@ -124,7 +124,7 @@ def submit(job: Path, run: Path, options, follow: Follow) -> None:
         ended = True
         _bring_workspace_home(session, job_id, workspace / SERVER)
         if status != "FINISHED:COMPLETED":
-            raise RunFailed(_failed_site(workspace / SERVER / "log.txt") or f"NVFlare ended the job with {status}")
+            raise RunFailed(_failed_sites(workspace / SERVER / "log.txt") or f"NVFlare ended the job with {status}")
     finally:
         if session:
             if job_id and not ended:
@@ -266,11 +266,15 @@ def _server_log(session: Session, job_id: str) -> str:
     return session.get_job_logs(job_id, "server")["logs"].get("server", "")
 
 
-def _failed_site(log: Path) -> str:
-    """What a server's log tells of a site that failed. Its reason is in the site's own log, and does not leave it."""
+def _failed_sites(log: Path) -> str:
+    """What a server's log tells of sites that failed. The reasons are in their own logs, and do not leave them."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    found = re.search(r"client (\S+?)[:,]? .*EXECUTION_EXCEPTION", text)
-    return f"{found[1]} failed" if found else ""
+    failed = set(re.findall(r"[Rr]esult from (\S+) (?:is bad|at round)", text))
+    lost = set(re.findall(r"Client (\S+) is deemed disconnected", text))
+    return "; ".join(
+        [f"{site} failed: its own log says why" for site in sorted(failed)]
+        + [f"{site} was lost" for site in sorted(lost - failed)]
+    )
 
 
 def _rounds_in(log: str) -> list[dict]:
