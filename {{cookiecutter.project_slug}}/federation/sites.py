@@ -6,6 +6,7 @@ server wrote home to where the simulator would have left it: `workspace/server/s
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -34,18 +35,19 @@ from federation.environments import (
 
 PROVISION = PROJECT / "deploy" / "project.yml"
 POC_ADMIN = "admin@nvidia.com"  # the name that NVFlare's POC gives to whoever submits
+POC_WAIT_S = 60.0  # for its server to answer and its sites to connect
 LOGIN_S = 5.0  # for one attempt to reach the server
-START_S = 60.0  # for the server of a POC to answer
-SITES_S = 60.0  # for the sites of a POC to connect
 POLL_S = 1.0
+COMPLETED = "FINISHED:COMPLETED"
+LOST = (api_spec.NoConnection, api_spec.NoReply, api_spec.SessionClosed, api_spec.SessionExpired)
 Follow = Callable[[str, list[dict]], None]
 
 
 def rehearse(job: Path, run: Path, options, follow: Follow) -> None:
     """Run an exported job in an NVFlare POC of its own: a server and sites as processes of this machine.
 
-    They have keys and certificates of their own, talk over mutual TLS, and listen at a free port, so that another
-    POC is never in the way nor in danger. All that it writes is in `run/federation`.
+    They have keys and certificates of their own, talk over mutual TLS, and meet at a free port, so that another POC
+    is neither in the way nor in danger. All that they write is in `run/federation`.
 
     Args:
         job: the folder of the exported job.
@@ -58,9 +60,9 @@ def rehearse(job: Path, run: Path, options, follow: Follow) -> None:
         KeyboardInterrupt: passed on, once no process is left.
     """
     sites = [f"site-{i}" for i in range(1, options.n_clients + 1)]
-    log = run / "log.txt"
     address(job, sites)
-    session = None
+    log = _log_to(run)
+    server = None
     try:
         with log.open("a", encoding="utf-8") as stream:
             with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
@@ -68,25 +70,23 @@ def rehearse(job: Path, run: Path, options, follow: Follow) -> None:
             processes = {"server": _start(kits / "server", stream, options)}
             for number, site in enumerate(sites):
                 processes[site] = _start(kits / site, stream, options, number)
+
+        def stop_if_one_died() -> None:
+            if died := [name for name, process in processes.items() if process.poll() is not None]:
+                raise RunFailed(f"{', '.join(died)} died: its process is gone")
+
+        server = Server(kits / POC_ADMIN, POC_ADMIN, POC_WAIT_S, stop_if_one_died)
+        server.await_sites(sites)
+        job_id = server.submit(job)
+        workspace = _lay_out(run, kits, sites, job_id)
         with log.open(encoding="utf-8", errors="replace") as lines:
-            session = _log_in(kits / POC_ADMIN, POC_ADMIN, START_S, processes["server"])
-            _await_sites(session, sites, SITES_S)
-            job_id = session.submit_job(str(job.resolve()))
-            workspace = _lay_out(run, kits, sites, job_id)
-
-            def look(meta: dict) -> None:
-                follow(lines.read(), read_rounds(workspace))
-                if died := [name for name, process in processes.items() if process.poll() is not None]:
-                    raise RunFailed(root_cause(workspace) or f"{', '.join(died)} died: its process is gone")
-
-            status = _watch(session, job_id, look)
-            look({})
-            if status != "FINISHED:COMPLETED":
-                raise RunFailed(root_cause(workspace) or f"NVFlare ended the job with {status}")
-            _bring_workspace_home(session, job_id, workspace / SERVER)
+            status = server.watch(job_id, lambda: follow(lines.read(), read_rounds(workspace)))
+        if status != COMPLETED:
+            raise RunFailed(root_cause(workspace) or f"NVFlare ended the job with {status}")
+        server.bring_home(job_id, workspace / SERVER)
     finally:
-        if session:
-            _close(session)
+        if server:
+            server.close()
         end_family(run.resolve() / "federation")
 
 
@@ -102,35 +102,34 @@ def submit(job: Path, run: Path, options, follow: Follow) -> None:
         KeyboardInterrupt: passed on, once the job is stopped.
     """
     address(job, options.sites)
-    log, workspace = run / "log.txt", run / "workspace"
-    session, job_id, ended = None, None, False
+    log = _log_to(run)
+    target = run / "workspace" / SERVER
+    server = Server(Path(options.startup_kit), options.username, options.wait)
+    running = None
     try:
-        session = _log_in(Path(options.startup_kit), options.username, options.wait)
-        _await_sites(session, options.sites, options.wait)
-        job_id = _submit(session, job)
-        print(f"job {job_id} is with the server; Ctrl-C stops it", flush=True)
+        server.await_sites(options.sites)
+        running = server.submit(job)
+        print(f"the server has the job, {running}; Ctrl-C stops it", flush=True)
         seen = 0
 
-        def look(meta: dict) -> None:
+        def look() -> None:
             nonlocal seen
-            text = _server_log(session, job_id)
+            text = server.log(running)
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(text[seen:])
             follow(text[seen:], _rounds_in(text))
             seen = len(text)
 
-        log.touch()
-        status = _watch(session, job_id, look, options.wait)
-        ended = True
-        _bring_workspace_home(session, job_id, workspace / SERVER)
-        if status != "FINISHED:COMPLETED":
-            raise RunFailed(_failed_sites(workspace / SERVER / "log.txt") or f"NVFlare ended the job with {status}")
+        job_id, status = running, server.watch(running, look)
+        running = None
+        server.bring_home(job_id, target)
+        if status != COMPLETED:
+            raise RunFailed(_failed_sites(target / "log.txt") or f"NVFlare ended the job with {status}")
     finally:
-        if session:
-            if job_id and not ended:
-                with contextlib.suppress(Exception):
-                    session.abort_job(job_id)
-            _close(session)
+        if running:
+            with contextlib.suppress(Exception):
+                server.session.abort_job(running)
+        server.close()
 
 
 def address(job: Path, sites: list[str]) -> None:
@@ -203,67 +202,115 @@ def _lay_out(run: Path, kits: Path, sites: list[str], job_id: str) -> Path:
 # ---- the server, through NVFlare's FLARE API
 
 
-def _log_in(kit: Path, username: str, patience: float, server: subprocess.Popen | None = None) -> Session:
-    """Log in, again and again until `patience` seconds are over or the server's process has ended."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                return new_secure_session(username, str(kit), timeout=LOGIN_S)
-        except api_spec.NoConnection as error:
-            if server and server.poll() is not None:
-                raise RunFailed(f"the server ended with code {server.returncode} at once") from None
-            if time.monotonic() > deadline:
-                raise RunFailed(f"the server does not answer within {patience:.0f} s: {error}") from None
-        except (api_spec.AuthenticationError, api_spec.AuthorizationError) as error:
-            raise RunFailed(f"the server refuses {username}: {error}") from None
+class Server:
+    """A session with the server; it logs in again where the connection was lost.
 
-
-def _await_sites(session: Session, sites: list[str], patience: float) -> None:
-    """Wait until all sites are connected.
+    Args:
+        kit: the submitter's start-up kit.
+        username: who that is.
+        patience: how long to wait, in seconds, for a server that does not answer and for sites that are not there.
+        check: called while waiting; raises where there is nothing left to wait for.
 
     Raises:
-        RunFailed: some did not come; it says which.
+        RunFailed: no answer in that time, or the server refuses.
     """
-    deadline, told = time.monotonic() + patience, False
-    while missing := sorted(set(sites) - {client.name for client in session.get_connected_client_list()}):
-        if time.monotonic() > deadline:
-            raise RunFailed(f"{', '.join(missing)} did not connect within {patience:.0f} s")
-        if not told:
-            print(f"waiting up to {patience:.0f} s for {', '.join(missing)}", flush=True)
-            told = True
-        time.sleep(POLL_S)
 
+    def __init__(self, kit: Path, username: str, patience: float, check: Callable[[], None] = lambda: None):
+        self.kit, self.username, self.patience, self.check = kit, username, patience, check
+        self.session: Session | None = None
+        deadline = time.monotonic() + patience
+        while not self._log_in():
+            check()
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"no connection to the server within {patience:.0f} s: it does not run, cannot be reached, "
+                    f"or does not know the start-up kit {kit}"
+                )
 
-def _submit(session: Session, job: Path) -> str:
-    try:
-        return session.submit_job(str(job.resolve()))
-    except api_spec.AuthorizationError:
-        raise RunFailed(f"{session.username} has no right to submit a job with code of its own") from None
-
-
-def _watch(session: Session, job_id: str, look: Callable[[dict], None], patience: float = 0.0) -> str:
-    """Look at a job about once a second until it has ended, and return its status.
-
-    A server that does not answer for `patience` seconds is given up.
-    """
-    lost_since = None
-    while True:
+    def _log_in(self) -> bool:
         try:
-            meta = session.get_job_meta(job_id)
-            look(meta)
-            lost_since = None
-            if meta["status"].startswith("FINISHED"):
-                return meta["status"]
+            with contextlib.redirect_stdout(None):  # "Connecting to FLARE ..."
+                self.session = new_secure_session(self.username, str(self.kit), timeout=LOGIN_S)
+            return True
         except api_spec.NoConnection:
-            lost_since = lost_since or time.monotonic()
-            if time.monotonic() - lost_since > patience:
-                raise RunFailed(f"the server is lost: no answer for {patience:.0f} s") from None
-        time.sleep(POLL_S)
+            return False
+        except (api_spec.AuthenticationError, api_spec.AuthorizationError) as error:
+            raise RunFailed(f"the server refuses {self.username}: {error}") from None
+
+    def ask(self, command: str, *arguments):
+        """Call a method of the session; where the server does not answer, wait for it and call again."""
+        deadline, told = time.monotonic() + self.patience, False
+        while True:
+            try:
+                return getattr(self.session, command)(*arguments)
+            except LOST as error:
+                self.check()
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"the server is lost: no answer for {self.patience:.0f} s ({error})") from None
+                if not told:
+                    print(f"the server does not answer; waiting up to {self.patience:.0f} s", flush=True)
+                    told = True
+                time.sleep(POLL_S)
+                self.close()
+                self._log_in()
+
+    def await_sites(self, sites: list[str]) -> None:
+        """Wait until all sites are connected.
+
+        Raises:
+            RunFailed: some did not come; it says which.
+        """
+        deadline, told = time.monotonic() + self.patience, False
+        while missing := sorted(set(sites) - {client.name for client in self.ask("get_connected_client_list")}):
+            self.check()
+            if time.monotonic() > deadline:
+                raise RunFailed(f"{', '.join(missing)} did not connect within {self.patience:.0f} s")
+            if not told and self.patience > POLL_S:
+                print(f"waiting up to {self.patience:.0f} s for {', '.join(missing)}", flush=True)
+                told = True
+            time.sleep(POLL_S)
+
+    def submit(self, job: Path) -> str:
+        """Hand over an exported job and return its ID."""
+        try:
+            return self.session.submit_job(str(job.resolve()))
+        except api_spec.AuthorizationError:
+            raise RunFailed(f"{self.username} has no right to submit a job with code of its own") from None
+
+    def watch(self, job_id: str, look: Callable[[], None]) -> str:
+        """Call `look` about once a second until the job has ended, and return its status."""
+        while True:
+            status = self.ask("get_job_meta", job_id)["status"]
+            look()
+            if status.startswith("FINISHED"):
+                return status
+            self.check()
+            time.sleep(POLL_S)
+
+    def log(self, job_id: str) -> str:
+        """The server's log of a job, so far."""
+        return self.ask("get_job_logs", job_id, "server")["logs"].get("server", "")
+
+    def bring_home(self, job_id: str, target: Path) -> None:
+        """Put what the server wrote for a job to `target`."""
+        with contextlib.redirect_stdout(None):
+            downloaded = Path(self.ask("download_job_result", job_id))
+        if target.is_symlink():  # while it ran
+            target.unlink()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(downloaded / "workspace", target)
+        shutil.rmtree(downloaded)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.session.close()
 
 
-def _server_log(session: Session, job_id: str) -> str:
-    return session.get_job_logs(job_id, "server")["logs"].get("server", "")
+def _log_to(run: Path) -> Path:
+    """The run's log; what NVFlare's API has to say goes there and not to the screen."""
+    log = run / "log.txt"
+    logging.getLogger().addHandler(logging.FileHandler(log))
+    return log
 
 
 def _failed_sites(log: Path) -> str:
@@ -291,8 +338,3 @@ def _bring_workspace_home(session: Session, job_id: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(downloaded / "workspace", target)
     shutil.rmtree(downloaded)
-
-
-def _close(session: Session) -> None:
-    with contextlib.suppress(Exception):
-        session.close()
