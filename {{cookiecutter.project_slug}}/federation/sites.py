@@ -123,6 +123,7 @@ def submit(job: Path, run: Path, options, follow: Follow) -> None:
         job_id, status = running, server.watch(running, look)
         running = None
         server.bring_home(job_id, target)
+        shutil.copy(target / "log.txt", log)
         if status != COMPLETED:
             raise RunFailed(_failed_sites(target / "log.txt") or f"NVFlare ended the job with {status}")
     finally:
@@ -288,8 +289,11 @@ class Server:
             time.sleep(POLL_S)
 
     def log(self, job_id: str) -> str:
-        """The server's log of a job, so far."""
-        return self.ask("get_job_logs", job_id, "server")["logs"].get("server", "")
+        """The server's log of a job, so far. Empty for who may not see it: by default, all but a project_admin."""
+        try:
+            return self.ask("get_job_logs", job_id, "server")["logs"].get("server", "")
+        except api_spec.AuthorizationError:
+            return ""
 
     def bring_home(self, job_id: str, target: Path) -> None:
         """Put what the server wrote for a job to `target`."""
