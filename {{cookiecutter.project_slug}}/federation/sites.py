@@ -174,7 +174,8 @@ def _start(kit: Path, stream, options, number: int | None = None) -> subprocess.
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # the script's python3 is this one
-        "OMP_NUM_THREADS": str(1 if number is None else threads_per_client(options.n_clients)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")
+        or str(1 if number is None else threads_per_client(options.n_clients)),
     }
     if number is not None and options.gpu and torch.cuda.is_available():
         environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
