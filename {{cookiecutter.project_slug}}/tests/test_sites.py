@@ -336,7 +336,9 @@ def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_al
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_poc_and_all_its_processes(project):
-    process = project.start("job.py", "--dataset", "digits", "--env", "poc", "--num_rounds", "50", "--name", "stopped")
+    process = project.start(
+        "job.py", "--dataset", "digits", "--env", "poc", "--n_clients", "2", "--num_rounds", "50", "--name", "stopped"
+    )
     for line in process.stdout:
         if line.startswith("round 1 "):
             break
