@@ -110,11 +110,16 @@ def submit(job: Path, run: Path, options, follow: Follow) -> None:
         server.await_sites(options.sites)
         running = server.submit(job)
         print(f"the server has the job, {running}; Ctrl-C stops it", flush=True)
-        seen = 0
+        seen, told = 0, False
 
         def look() -> None:
-            nonlocal seen
+            nonlocal seen, told
             text = server.log(running)
+            if text is None:
+                if not told:
+                    print(f"{options.username} may not see the server's log: the rounds show at the end", flush=True)
+                    told = True
+                return
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(text[seen:])
             follow(text[seen:], _rounds_in(text))
@@ -289,12 +294,12 @@ class Server:
             self.check()
             time.sleep(POLL_S)
 
-    def log(self, job_id: str) -> str:
-        """The server's log of a job, so far. Empty for who may not see it: by default, all but a project_admin."""
+    def log(self, job_id: str) -> str | None:
+        """The server's log of a job, so far. None for who may not see it: by NVFlare's rules, all but project_admin."""
         try:
             return self.ask("get_job_logs", job_id, "server")["logs"].get("server", "")
         except api_spec.AuthorizationError:
-            return ""
+            return None
 
     def bring_home(self, job_id: str, target: Path) -> None:
         """Put what the server wrote for a job to `target`."""
