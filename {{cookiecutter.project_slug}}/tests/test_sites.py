@@ -264,23 +264,6 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_site_that_is_killed_in_a_round_is_named_and_the_others_end_the_job(finished, federation, project, images):
-    flags = ("--name", "killed", "--num_rounds", "4", "--local_epochs", "100")
-    process = project.start(*federation.job(*flags, by="admin@example.com"))
-    for line in process.stdout:
-        if line.startswith("round 1 of 4"):
-            break
-    federation.kill("south")
-    federation.start("south", FL_DATA_ROOT=str(images["south"]))
-    screen, error = process.communicate(timeout=280)
-    assert process.returncode == 0, error
-    result = json.loads((project.folder / "runs" / "killed" / "results.json").read_text())
-    assert result["lost"] == ["south"]
-    assert "lost on the way" in screen
-    assert result["rounds"][-1]["accuracy"] > 0.9
-
-
-@pytest.mark.slow
 class TestIsRefused:
     def test_a_submitter_without_the_right(self, finished, federation, project):
         run = project.run(*federation.job("--name", "member", by="member@example.com"))
