@@ -21,6 +21,11 @@ FILES = """
     client.py
     compare.py
     data.py
+    deploy/Dockerfile
+    deploy/README.md
+    deploy/compose.yml
+    deploy/healthy.py
+    deploy/project.yml
     federation/aggregator.py
     federation/catalog.py
     federation/check.py
@@ -30,6 +35,7 @@ FILES = """
     federation/environments.py
     federation/evaluation.py
     federation/fedopt.py
+    federation/outcome.py
     federation/partition.py
     federation/quick_start.py
     federation/receipt.py
@@ -37,6 +43,7 @@ FILES = """
     federation/report.py
     federation/resume.py
     federation/schema.py
+    federation/sites.py
     federation/telemetry.py
     federation/timing.py
     federation/tracking.py
@@ -66,6 +73,7 @@ FILES = """
     tests/test_partition.py
     tests/test_report.py
     tests/test_results.py
+    tests/test_sites.py
     tests/test_tracking.py
     trainer.py
 """

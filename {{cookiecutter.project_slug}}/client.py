@@ -72,7 +72,7 @@ def main():
         if flare_client.is_evaluate():  # the server asks what a global model is worth, nothing more
             print(f"[Site = {site}] --- evaluate global model ---")
             model.load_state_dict(input_model.params)
-            metrics = {"val_images": data.n_val, "test_images": data.n_test}
+            metrics = {"val_images": data.n_val, "test_images": data.n_test, **data.shared_counts()}
             for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
                 metrics.update(result)
             flare_client.send(flare_client.FLModel(metrics=metrics))

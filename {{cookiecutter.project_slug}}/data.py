@@ -5,8 +5,10 @@ To train on other data, replace this file. The programs rely on what follows; `o
 
 - `prepare(options)`: get the data ready on this machine; called once, before any site starts;
 - `describe(options)`: who holds what, a `Holdings`;
+- `known_classes(options)`: the names of the classes in order, for who submits to real sites and has no image;
 - `SiteDataModule(site, classes, options)`: one site's data; after `setup()` it has `n_train`, `n_val` and `n_test`,
-  and client.py sets its `round` before each round, so that every round shuffles anew;
+  and client.py sets its `round` before each round, so that every round shuffles anew; `shared_counts()` is what
+  the site lets the server know of its classes, nothing by default;
 - `pooled(classes, options)`: the same over all sites' data, as if it could be brought together.
 
 Data that cannot be used raises `DataError`, one line for the user.
@@ -23,12 +25,13 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
-from federation.catalog import DataError, Split, open_split
+from federation.catalog import SOURCES, DataError, Split, open_split
 from federation.catalog import prepare as prepare_store
 from federation.partition import deal, deal_like, hold_out, site_names
 
 VALIDATION_SHARE = 0.2  # of each site's images; fixed for the whole run
 EVALUATION_BATCH = 500  # images; nothing is kept for gradients, so it can be larger than a training batch
+SHARE_VARIABLE = "FL_SHARE_COUNTS"  # a site that sets it to 1 tells how many images of each class it has
 MEAN, STD = 0.5, 0.5  # pixels go from [0, 1] to [-1, 1]
 ROOT_VARIABLE = "FL_DATA_ROOT"  # each site's own; `{site}` in it stands for the site's name
 
@@ -125,6 +128,14 @@ class SiteDataModule(LightningDataModule):
     def n_test(self) -> int:
         return len(self.parts["test"].indices)
 
+    def shared_counts(self) -> dict[str, int]:
+        """`holds <class>` -> number of images to learn from, where the site has chosen to tell; else empty."""
+        if os.environ.get(SHARE_VARIABLE) != "1":
+            return {}
+        labels = np.concatenate([self.parts[name].labels[self.parts[name].indices] for name in ("train", "val")])
+        counts = np.bincount(labels, minlength=len(self.classes)).tolist()
+        return {f"holds {name}": count for name, count in zip(self.classes, counts, strict=True)}
+
     def train_dataloader(self) -> Batches:
         key = (self.options.seed, zlib.crc32((self.site or "").encode()), self.round)
         return Batches(self.parts["train"], self.options.batch_size, shuffle=key)
@@ -166,6 +177,21 @@ def describe(options) -> Holdings:
         labels = np.concatenate([parts[name].labels[parts[name].indices] for name in ("train", "val")])
         counts[site] = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
     return Holdings(classes, sites, counts)
+
+
+def known_classes(options) -> list[str]:
+    """The classes of real sites, without an image: those in the file `options.classes`, else a public data set's own.
+
+    Raises:
+        DataError: the file names none, or one twice.
+    """
+    if not options.classes:
+        return list(SOURCES[options.dataset].classes)
+    lines = Path(options.classes).read_text(encoding="utf-8").splitlines()
+    classes = [line.strip() for line in lines if line.strip()]
+    if not classes or len(set(classes)) < len(classes):
+        raise DataError(f"{options.classes} must name at least one class, one a line, and none twice")
+    return classes
 
 
 def pooled(classes: list[str], options) -> SiteDataModule:

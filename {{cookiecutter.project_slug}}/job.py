@@ -1,6 +1,6 @@
 """Run a federation: `python job.py`. All flags: `python job.py --help`.
 
-Command line -> data -> recipe -> simulator -> `runs/<name>/` with the final model and `results.json`.
+Command line -> data -> recipe -> simulator, POC or sites -> `runs/<name>/` with the final model and `results.json`.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def main() -> int:
             from federation import resume
 
             resume.check(options, holdings)
-        if options.prepare_only:
+        if options.export:
+            export(options, holdings)
+        elif options.prepare_only:
             print(f"{options.dataset} is ready")
         else:
             federate(options, holdings, new_run(options.name))
@@ -60,6 +62,8 @@ def get_data(options: argparse.Namespace):
     import data
 
     try:
+        if options.env == "prod":  # the images are at the sites
+            return data.Holdings(data.known_classes(options), {}, {})
         data.prepare(options)
         return data.describe(options)
     except data.DataError as error:
@@ -75,7 +79,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     import torch
 
     import results
-    from federation import display, environments, recipes, resume, schema, tracking
+    from federation import display, environments, outcome, recipes, resume, schema, sites, tracking
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -85,7 +89,8 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
         print("WARNING: --gpu was asked for, but there is no CUDA GPU here: training on the CPU")
 
     (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
-    results.show_holdings(holdings.counts)
+    if holdings.counts:
+        results.show_holdings(holdings.counts)
     print(
         f"\nrun {folder}: {ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, rounds: {options.num_rounds}, "
         f"log: {folder}/log.txt"
@@ -96,15 +101,22 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     recipe = recipes.build(options, holdings.classes, folder)
     tracking.add_tracking(recipe, options.tracking, folder)
     recipe.export(str(folder))
-    logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}
+    logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}  # real sites keep theirs
+    run_job = {"sim": environments.simulate, "poc": sites.rehearse, "prod": sites.submit}[options.env]
     try:
         with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
-            environments.simulate(folder / recipe.name, folder, options, follow)
-        outcome = environments.bring_home(folder, options.num_rounds, options.patience)
+            run_job(folder / recipe.name, folder, options, follow)
+        brought = outcome.bring_home(folder, options.num_rounds, options.patience, tolerant=options.env != "sim")
     except environments.RunFailed as error:
         raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
     finally:
         tracking.gather(options.tracking, folder)
+    if shared := brought.pop("counts"):  # real sites: each decides whether it tells
+        holdings = dataclasses.replace(holdings, counts=shared)
+        (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
+        results.show_holdings(shared)
+    if brought["lost"]:
+        print(f"\nWARNING: lost on the way, and not in the last models: {', '.join(brought['lost'])}")
     result = {
         "version": schema.VERSION,
         "dataset": options.dataset,
@@ -112,12 +124,13 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
         "model_class": options.model_class,
         **{name: getattr(options, name) for name in OWN_FLAGS if options.algorithm in OWN_FLAGS[name][1]},
         "resumed": {"run": options.resume, "round": options.first_round} if options.resume else None,
+        "env": options.env,
         **{name: getattr(options, name) for name in results.CONFIGURATION},
         "data_root": options.data_root,
         "tracking": options.tracking,
         "max_batches": options.max_batches,  # of an epoch, in a check; else all
         "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
-        **outcome,
+        **brought,
         "wall_s": round(time.monotonic() - START, 2),
         "versions": schema.versions(),
     }
@@ -126,6 +139,20 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     results.show(result)
     print(f"{folder}/results.json has all figures, {folder}/{result['model']} the model")
     return result
+
+
+def export(options: argparse.Namespace, holdings) -> None:
+    """Write the job for real sites to `options.export`: what a submission sends, to be reviewed or submitted."""
+    import shutil
+
+    from federation import recipes, sites
+
+    run = new_run(options.name)
+    recipe = recipes.build(options, holdings.classes, run)
+    recipe.export(str(run))
+    sites.address(run / recipe.name, options.sites)
+    shutil.copytree(run / recipe.name, options.export)
+    print(f"{options.export} is the job: submit it with  nvflare job submit -j {options.export} --startup-kit KIT")
 
 
 def new_run(name: str | None) -> Path:

@@ -25,14 +25,15 @@ MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json
 
 def show_holdings(counts: dict[str, dict[str, int]]) -> None:
     """Print who holds what: a row a site, a column a class; `counts` is that of partition.json."""
-    classes = list(next(iter(counts.values())))
+    classes = list(max(counts.values(), key=len))
     table = _table()
     _column(table, "site", left=True)
     for name in classes[:MAX_COLUMNS]:
         _column(table, name[:6])
     _column(table, "all")
     for site, held in list(counts.items())[:MAX_ROWS]:
-        table.add_row(site, *(str(held[name]) for name in classes[:MAX_COLUMNS]), str(sum(held.values())))
+        row = (str(held.get(name, "-")) for name in classes[:MAX_COLUMNS])  # a real site may keep it to itself
+        table.add_row(site, *row, str(sum(held.values())) if held else "-")
     _print("Who holds what (images to learn from)", table, len(counts), len(classes), "partition.json")
 
 
@@ -140,7 +141,8 @@ def main() -> int:
             else:
                 print(report.write_comparison(runs, compare(results), RUNS / "comparison.html", settings.PROJECT_NAME))
         elif len(runs) == 1:
-            show_holdings(schema.read_json(runs[0] / "partition.json")["counts"])
+            if counts := schema.read_json(runs[0] / "partition.json")["counts"]:  # real sites may keep them
+                show_holdings(counts)
             show(results[runs[0].name])
         else:
             show_comparison(results)

@@ -49,11 +49,12 @@ class Raw:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a public data set comes from: (file, MD5) pairs, mirrors in the order of trial, and how to read it."""
+    """Where a public data set comes from: (file, MD5) pairs, mirrors in the order of trial, how to read it; classes."""
 
     files: tuple[tuple[str, str], ...]
     mirrors: tuple[str, ...]
     read: Callable[[Path], Raw]
+    classes: tuple[str, ...]
 
 
 def _read_cifar10(folder: Path) -> Raw:
@@ -89,9 +90,7 @@ def _read_bloodmnist(folder: Path) -> Raw:
         )
     # Each site splits off its own validation images: the official ones are dealt with the training images.
     train = (np.concatenate([images["train"], images["val"]]), np.concatenate([labels["train"], labels["val"]]).ravel())
-    classes = ["basophil", "eosinophil", "erythroblast", "immature granulocyte"]
-    classes += ["lymphocyte", "monocyte", "neutrophil", "platelet"]
-    return Raw(train, (images["test"], labels["test"].ravel()), classes)
+    return Raw(train, (images["test"], labels["test"].ravel()), list(SOURCES["bloodmnist"].classes))
 
 
 def _read_digits(folder: Path) -> Raw:
@@ -116,6 +115,7 @@ SOURCES = {
             "https://www.cs.toronto.edu/~kriz/",
         ),
         read=_read_cifar10,
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     ),
     "fashion_mnist": Source(
         files=(
@@ -126,13 +126,21 @@ SOURCES = {
         ),
         mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
         read=_read_fashion_mnist,
+        classes=(
+            *("T-shirt or top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
     ),
     "bloodmnist": Source(
         files=(("bloodmnist.npz", "7053d0359d879ad8a5505303e11de1dc"),),
         mirrors=("https://zenodo.org/records/10519652/files/",),
         read=_read_bloodmnist,
+        classes=(
+            *("basophil", "eosinophil", "erythroblast", "immature granulocyte"),
+            *("lymphocyte", "monocyte", "neutrophil", "platelet"),
+        ),
     ),
-    "digits": Source(files=(), mirrors=(), read=_read_digits),
+    "digits": Source(files=(), mirrors=(), read=_read_digits, classes=tuple("0123456789")),
 }
 DATASETS = (*SOURCES, "image_folder")
 

@@ -20,6 +20,7 @@ OWN_FLAGS = {  # flag -> its default, and the algorithms that use it
     "server_momentum": (settings.SERVER_MOMENTUM, ("fedopt",)),
     "patience": (None, ("fedavg", "fedprox")),
 }
+ENVIRONMENTS = ("sim", "poc", "prod")
 PARTITIONS = ("iid", "dirichlet", "shards", "none")
 MINIMUM = {
     **dict.fromkeys(("n_clients", "n_threads", "num_rounds", "local_epochs", "batch_size", "shards_per_site"), 1),
@@ -88,6 +89,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gpu", action=argparse.BooleanOptionalAction, default=settings.USE_GPU, help="use NVIDIA GPUs, if any")
     add("--n_threads", type=int, help="sites that run at the same time [as many as the free memory allows]")
     add("--tracking", choices=TRACKERS, default=settings.TRACKING, help="experiment tracker [%(default)s]")
+    add(
+        "--env", choices=ENVIRONMENTS, default="sim", help="simulator, POC on this machine, or real sites [%(default)s]"
+    )
+    add("--startup_kit", metavar="DIR", help="prod: the submitter's start-up kit")
+    add("--username", help="prod: who submits [the kit's own]")
+    add("--sites", help="prod: names of the sites, with commas between [those in deploy/project.yml]")
+    add("--classes", metavar="FILE", help="prod: names of the classes, one a line [those of a public data set]")
+    add("--wait", type=float, default=60.0, help="prod: seconds to wait for server and sites [%(default)s]")
+    add("--export", metavar="DIR", help="prod: write the job to DIR, for someone else to submit, and stop")
     add("--name", help="the run's folder is runs/NAME [date and time]")
     add("--verbose", action="store_true", help="show NVFlare's own log")
     add("--prepare_only", action="store_true", help="get the data ready and stop")
@@ -183,6 +193,7 @@ def validate(options: argparse.Namespace) -> None:
     own_roots = "{site}" in (options.data_root or "")
     if own_roots and options.partition not in (None, "none"):
         raise UsageError(f"--partition {options.partition} deals images out, but with {{site}} each site has its own")
+    _validate_environment(options)
     options.partition = options.partition or ("none" if own_roots else settings.PARTITION)
     if options.data_root:
         options.data_root = os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(options.data_root))
@@ -196,3 +207,52 @@ def validate(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--tracking {options.tracking} needs a package: {sys.executable} -m pip install {options.tracking}"
         )
+
+
+def _validate_environment(options: argparse.Namespace) -> None:
+    """Refuse what cannot work with real sites, and resolve who they are and who submits."""
+    if options.env != "prod":
+        for name in ("startup_kit", "username", "sites", "classes", "export"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name} is for real sites: add --env prod")
+        return
+    if options.check or options.prepare_only:
+        raise UsageError("--check and --prepare_only work on this machine: leave --env prod out")
+    if options.partition not in (None, "none"):
+        raise UsageError(f"--partition {options.partition} deals images out, but real sites have their own: use none")
+    options.partition = "none"
+    if options.data_root:
+        raise UsageError("each site sets its own FL_DATA_ROOT: leave --data_root out, and unset FL_DATA_ROOT here")
+    names = options.sites.split(",") if options.sites else _sites_of_project()
+    if unfit := [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)]:
+        raise UsageError(f"--sites has a name {unfit[0]!r}: names with commas between, and no spaces")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--sites names {max(names, key=names.count)} twice")
+    options.sites, options.n_clients = names, len(names)
+    if options.dataset == "image_folder" and not options.classes:
+        raise UsageError("--classes FILE is missing: the names of the classes, one a line, as the sites' folders")
+    if options.classes and not Path(options.classes).is_file():
+        raise UsageError(f"--classes: there is no file {options.classes}")
+    for name in ("classes", "export", "startup_kit"):  # relative to where the user is, not to the project
+        if getattr(options, name):
+            setattr(options, name, os.path.abspath(os.path.expanduser(getattr(options, name))))
+    if options.export:
+        if os.path.exists(options.export):
+            raise UsageError(f"--export: {options.export} exists: choose another folder")
+        return
+    if not options.startup_kit:
+        raise UsageError("--startup_kit DIR is missing: the folder that you were given, with startup/ in it")
+    kit = Path(options.startup_kit, "startup", "fed_admin.json")
+    if not kit.is_file():
+        raise UsageError(f"--startup_kit: {kit} is not there: name the folder that holds startup/, a submitter's kit")
+    options.username = options.username or json.loads(kit.read_text(encoding="utf-8"))["admin"]["username"]
+
+
+def _sites_of_project() -> list[str]:
+    import yaml
+
+    try:
+        project = yaml.safe_load((PROJECT / "deploy" / "project.yml").read_text(encoding="utf-8"))
+        return [member["name"] for member in project["participants"] if member["type"] == "client"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UsageError(f"deploy/project.yml does not tell the sites ({error}): name them with --sites") from None

@@ -1,12 +1,10 @@
 """Where a federation runs: NVFlare's simulator, on this machine. Start it, follow it, stop it, bring home."""
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -16,8 +14,7 @@ import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
-from federation import timing
-from federation.evaluation import BEST, FINAL, REPORT
+from federation.evaluation import REPORT
 from federation.workers import forked_clients
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -81,16 +78,16 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
                 running = simulator.is_alive()
                 follow(lines.read(), read_rounds(workspace))
                 if died := _dead_client(workspace):
-                    raise RunFailed(_root_cause(workspace) or f"{died} died: its process is gone")
+                    raise RunFailed(root_cause(workspace) or f"{died} died: its process is gone")
                 if _has_finished(workspace):
                     return
                 if not running:
                     break
                 simulator.join(POLL_S)
     finally:
-        _end_family()
+        end_family()
     if simulator.exitcode != 0:
-        raise RunFailed(_root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
+        raise RunFailed(root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
 
 
 def _run_simulator(
@@ -123,10 +120,16 @@ def _run_simulator(
         sys.exit(simulator.run())
 
 
-def _end_family() -> None:
-    """End every process that descends from this one. An impatient second Ctrl-C must not interrupt that."""
+def end_family(home: Path | None = None) -> None:
+    """End every process that descends from this one, or was started with a path in the folder `home`.
+
+    An impatient second Ctrl-C must not interrupt that.
+    """
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     family = psutil.Process().children(recursive=True)
+    for process in psutil.process_iter(["cmdline"]) if home else ():  # its parent may have died before
+        if process not in family and any(word.startswith(f"{home}/") for word in process.info["cmdline"] or ()):
+            family.append(process)
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -155,7 +158,7 @@ def _dead_client(workspace: Path) -> str | None:
     return found[1] if found else None
 
 
-def _root_cause(workspace: Path) -> str:
+def root_cause(workspace: Path) -> str:
     """The error that came first at any site: the exception and the line of the project's file, then the lines that led
     there. Empty if there is none.
     """
@@ -179,109 +182,3 @@ def read_rounds(workspace: Path) -> list[dict]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def bring_home(run: Path, num_rounds: int, patience: int | None = None) -> dict:
-    """Gather what NVFlare left in its workspace: the metrics of every round, the final model and the best one.
-
-    Args:
-        run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it, and the receipt.
-        num_rounds: how many there should be.
-        patience: with it there may be fewer: the last so many began with no better validation accuracy.
-
-    Returns:
-        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `timing`: federation/schema.py documents them.
-
-    Raises:
-        RunFailed: something is missing.
-    """
-    server = run / "workspace" / SERVER
-    rounds = read_rounds(run / "workspace")
-    stopped_early = patience is not None and len(rounds) < num_rounds and _without_gain(rounds) >= patience
-    if len(rounds) != num_rounds and not stopped_early:
-        raise RunFailed(f"only {len(rounds)} of {num_rounds} rounds were finished")
-    if not (server / REPORT).exists():
-        raise RunFailed("no site evaluated the final model")
-    evaluation = json.loads((server / REPORT).read_text(encoding="utf-8"))
-    final, best = evaluation["final"], evaluation["best"]
-    reports = dict(sorted(final["sites"].items(), key=_by_number))
-    silent = {site["name"] for record in rounds for site in record["sites"]} - set(reports)
-    if silent:
-        raise RunFailed(f"{', '.join(sorted(silent))} did not evaluate the final model")
-
-    shutil.copy(server / FINAL, run)
-    shutil.copy(server / (FINAL if best["round"] == final["round"] else BEST), run / BEST)
-    if (receipt := server / "receipt.jsonl").exists():
-        shutil.copy(receipt, run)
-    # NVFlare counts from 0 and records what the sites got: the model before the round.
-    curve = {
-        record["round"]: {s["name"]: {m["name"]: m["value"] for m in s["metrics"]} for s in record["sites"]}
-        for record in rounds
-    }
-    curve[final["round"]] = reports
-    return {
-        "rounds": [_validation(number, reports, curve[number]) for number in curve],
-        "stopped_early": stopped_early,
-        "test": _test(reports),
-        "model": FINAL,
-        "sha256": fingerprint(torch.load(run / FINAL, weights_only=True)),
-        "best": {"round": best["round"], "model": BEST, "test": _test(best["sites"])},
-        "timing": timing.totals(timing.phases(run / "workspace")),
-    }
-
-
-def _validation(number: int, reports: dict[str, dict], metrics: dict[str, dict]) -> dict:
-    """What the model after `number` rounds is worth on the sites' validation images."""
-    images = {site: report["val_images"] for site, report in reports.items()}
-    accuracies, losses = ({site: metrics[site].get(name) for site in reports} for name in ("val_acc", "val_loss"))
-    return {
-        "round": number,
-        "accuracy": _mean(accuracies, images),
-        "sites": accuracies,
-        "loss": _mean(losses, images),
-        "losses": losses,
-    }
-
-
-def _without_gain(rounds: list[dict]) -> int:
-    """How many rounds there have been since the one with the best validation accuracy."""
-    accuracies = [m["value"] for record in rounds for m in record["aggregated_metrics"] if m["name"] == "val_acc"]
-    return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
-
-
-def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all tensors in the order of their names: equal only where every bit of every weight is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _test(reports: dict[str, dict]) -> dict:
-    """The test of one model: `accuracy` and `loss` over all sites' test images, `sites`, and the `worst` of them."""
-    tests = {
-        site: {"accuracy": report.get("test_acc"), "loss": report.get("test_loss"), "images": report["test_images"]}
-        for site, report in sorted(reports.items(), key=_by_number)
-    }
-    tested = {site: test for site, test in tests.items() if test["images"]}
-    images = {site: test["images"] for site, test in tested.items()}
-    return {
-        "accuracy": _mean({site: test["accuracy"] for site, test in tested.items()}, images),
-        "loss": _mean({site: test["loss"] for site, test in tested.items()}, images),
-        "sites": tests,
-        "worst": min(tested, key=lambda site: tested[site]["accuracy"], default=None),
-    }
-
-
-def _by_number(item: tuple[str, object]) -> tuple[int, str]:
-    """site-2 before site-10."""
-    digits = re.search(r"\d+$", item[0])
-    return (int(digits[0]) if digits else 0, item[0])
-
-
-def _mean(values: dict[str, float | None], weights: dict[str, int]) -> float | None:
-    if None in values.values():  # a metric that the model does not log
-        return None
-    total = sum(weights[site] for site in values)
-    return sum(value * weights[site] for site, value in values.items()) / total if total else None

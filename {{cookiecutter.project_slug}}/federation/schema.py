@@ -3,6 +3,7 @@
 | key | what |
 |---|---|
 | `version` | of this schema: 1. Files without it are of version 0 |
+| `env` | `sim`, `poc` or `prod` |
 | `dataset`, `algorithm`, `model_class` | what was trained on, how, and which class of model.py |
 | `partition`, `alpha`, `shards_per_site`, `n_clients`, `num_rounds`, `image_size`, `batch_size`, `local_epochs`, \
 `learning_rate`, `seed` | the flags of job.py |
@@ -20,7 +21,8 @@
 | `model` | the file of the final model |
 | `best` | the model of the highest validation accuracy, the final one included: after which `round`, its file \
 `model`, its `test` |
-| `sha256` | of its tensors: `federation.environments.fingerprint` |
+| `sha256` | of its tensors: `federation.outcome.fingerprint` |
+| `lost` | sites that took part and did not evaluate the final model |
 | `timing` | site -> seconds of `start`, `computing`, `evaluating`, `waiting`; null where the logs do not say |
 | `wall_s` | seconds from the command to the end |
 | `versions` | of `python`, `nvflare`, `torch`, `lightning` |
@@ -67,7 +69,16 @@ def read(run: Path) -> dict:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
     missing = dict.fromkeys(("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing"))
-    return {"version": 0, "tracking": "none", "stopped_early": False, "versions": {}, **missing, **result}
+    return {
+        "version": 0,
+        "env": "sim",
+        "lost": [],
+        "tracking": "none",
+        "stopped_early": False,
+        "versions": {},
+        **missing,
+        **result,
+    }
 
 
 def read_json(path: Path):

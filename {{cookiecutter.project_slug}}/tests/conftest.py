@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-SURROUNDINGS = ("FL_DATA_ROOT", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
+SURROUNDINGS = ("FL_DATA_ROOT", "FL_SHARE_COUNTS", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 OPTIONS = {
     "model": "LitNet",

@@ -359,7 +359,7 @@ def test_patience_ends_a_run_that_gains_nothing(federations):
     assert "stopped early: no better validation accuracy with --patience 2" in result["screen"]
     assert result["rounds"][-1]["round"] == 3  # the first round's is the best; two more do not better it
     assert result["best"]["round"] == max(result["rounds"][1:], key=lambda r: (r["accuracy"], r["round"]))["round"]
-    from federation.environments import fingerprint
+    from federation.outcome import fingerprint
 
     assert fingerprint(federations.weights(result, "final.pt")) == result["sha256"]
 

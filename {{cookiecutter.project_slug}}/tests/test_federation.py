@@ -157,13 +157,13 @@ class TestAFinishedRun:
         assert "final test" in shown and "Who holds what" in shown
 
     def test_follows_the_schema(self, finished):
-        from federation import environments, schema
+        from federation import outcome, schema
 
         assert finished.result["version"] == schema.VERSION
         assert all(f"`{key}`" in schema.__doc__ for key in finished.result)
         assert finished.result == schema.read(self.folder(finished))
         final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
-        assert finished.result["sha256"] == environments.fingerprint(final)
+        assert finished.result["sha256"] == outcome.fingerprint(final)
 
     def test_has_the_loss_of_every_round(self, finished):
         images = {site: len(own["val"]) for site, own in self.partition(finished)["sites"].items()}

@@ -132,7 +132,7 @@ def test_html_says_which_file_it_wrote(runs, program):
 
 
 def test_a_fingerprint_tells_models_apart_by_every_bit():
-    from federation.environments import fingerprint
+    from federation.outcome import fingerprint
 
     model = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
     same = {"b": torch.tensor(3), "a": torch.arange(6.0).reshape(2, 3)}

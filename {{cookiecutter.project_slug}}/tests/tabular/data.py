@@ -66,6 +66,9 @@ class SiteDataModule(LightningDataModule):
         generator = torch.Generator().manual_seed(self.options.seed + self.round)
         return DataLoader(table, batch_size=self.options.batch_size, shuffle=shuffle, generator=generator)
 
+    def shared_counts(self):
+        return {}
+
     n_train = property(lambda self: len(self.rows["train"]))
     n_val = property(lambda self: len(self.rows["val"]))
     n_test = property(lambda self: len(self.rows["test"]))
@@ -80,6 +83,10 @@ class SiteDataModule(LightningDataModule):
         return self.loader("test")
 
     predict_dataloader = test_dataloader
+
+
+def known_classes(options):
+    return _table()[2]
 
 
 def pooled(classes, options):

@@ -1,0 +1,48 @@
+"""What the project ships for real sites: who takes part, and containers that can do little harm."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+
+@pytest.mark.parametrize("num_clients", ["1", "3", "1000"])
+def test_the_sites_of_a_federation_are_as_many_as_were_asked_for(bake, num_clients):
+    project = bake(project_slug="eyes_2", num_clients=num_clients)
+    provision = yaml.safe_load(project.read("deploy/project.yml"))
+    names = [member["name"] for member in provision["participants"] if member["type"] == "client"]
+    assert names == [f"site-{number}" for number in range(1, int(num_clients) + 1)]
+    assert provision["name"] == "eyes_2"
+    assert provision["allow_log_streaming"] is False
+    assert {member["role"] for member in provision["participants"] if member["type"] == "admin"} == {
+        "project_admin",
+        "lead",
+        "member",
+    }
+
+
+def test_the_compose_file_follows_its_schema(bake):
+    file = bake().path / "deploy" / "compose.yml"
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", file]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_container_may_do_little(bake):
+    services = yaml.safe_load(bake().read("deploy/compose.yml"))["services"]
+    assert set(services) == {"server", "site", "site-gpu"}
+    for name, service in services.items():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"], name
+        assert service["user"] == "10001:10001"
+        mounted = [volume for volume in service["volumes"] if volume.startswith("$")]
+        assert all(volume.endswith(":ro") for volume in mounted), name
+        assert ("ports" in service) == (name == "server")
+
+
+def test_the_image_is_pinned_checked_and_not_root(bake):
+    lines = bake().read("deploy/Dockerfile").splitlines()
+    assert any(re.fullmatch(r"ARG PYTHON_IMAGE=python:3\.12-slim@sha256:[0-9a-f]{64}", line) for line in lines)
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 10001:10001"]
+    assert any(line.startswith("HEALTHCHECK ") for line in lines)

@@ -1,0 +1,349 @@
+"""Real processes on this machine: NVFlare's POC, and a federation provisioned from deploy/project.yml."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from conftest import Project
+
+CLASSES = ["benign", "malign"]
+SITES = ["north", "east", "south"]  # real sites have names of their own
+SIZE = 32
+N_IMAGES = 40
+
+# Put into the server's Python path: every frame that it receives is also written to a file, once TLS is off it.
+TAP = """
+import os
+from nvflare.fuel.f3.sfm import conn_manager
+def tapped(self, sfm_conn, frame, real=conn_manager.ConnManager.process_frame_task):
+    with open(os.environ["TAP"] + f".{os.getpid()}", "ab") as file:
+        file.write(bytes(frame))
+    return real(self, sfm_conn, frame)
+conn_manager.ConnManager.process_frame_task = tapped
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def write_images(root: Path, classes: list[str], seed: int) -> Path:
+    """A class is dark or bright, with noise, so that it can be learned."""
+    random = np.random.RandomState(seed)
+    for split, n_images in (("train", N_IMAGES), ("test", N_IMAGES // 4)):
+        for number in range(n_images):
+            label = number % len(classes)
+            folder = root / split / classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = random.randint(128 * label, 128 * label + 128, (SIZE, SIZE, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"patient-{seed}-{number:03}.png")
+    return root
+
+
+class Federation:
+    """Server and sites as deploy/project.yml provisions them, each a process of its own."""
+
+    def __init__(self, project: Project, folder: Path, name: str):
+        self.project, self.folder = project, folder
+        self.processes: dict[str, subprocess.Popen] = {}
+        definition = yaml.safe_load((project.folder / "deploy" / "project.yml").read_text())
+        definition["name"] = name
+        members = definition["participants"]
+        server = next(member for member in members if member["type"] == "server")
+        server["name"], server["fed_learn_port"] = "localhost", free_port()
+        self.port = server["fed_learn_port"]
+        client = next(member for member in members if member["type"] == "client")
+        others = [member for member in members if member["type"] != "client"]
+        definition["participants"] = others + [{**client, "name": site} for site in SITES]
+        folder.mkdir()
+        (folder / "project.yml").write_text(yaml.safe_dump(definition))
+        provision = [Path(sys.executable).with_name("nvflare"), "provision", "-p", "project.yml", "-w", "out"]
+        subprocess.run(provision, cwd=folder, check=True, capture_output=True)
+        self.kits = folder / "out" / name / "prod_00"
+        resources = (self.kits / "localhost" / "local" / "resources.json.default").read_text()
+        (self.kits / "localhost" / "local" / "resources.json").write_text(
+            resources.replace("/tmp/nvflare", str(folder / "storage"))
+        )
+
+    def start(self, name: str, **environment: str) -> None:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        with open(self.folder / f"{name}.log", "a") as log:
+            self.processes[name] = subprocess.Popen(
+                ["bash", self.kits / name / "startup" / "sub_start.sh", "--once"],
+                cwd=self.kits / name,
+                env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def kill(self, name: str) -> None:
+        """What a power cut does: the process and all that it has started are gone at once."""
+        parent = psutil.Process(self.processes.pop(name).pid)
+        family = [*parent.children(recursive=True), parent]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=10)
+
+    def stop(self) -> None:
+        for name in list(self.processes):
+            if self.processes[name].poll() is None:
+                self.kill(name)
+
+    def job(self, *flags: str, by: str = "lead@example.com", sites: list[str] = SITES) -> list[str]:
+        (self.folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        return [
+            *("job.py", "--env", "prod", "--startup_kit", str(self.kits / by), "--sites", ",".join(sites)),
+            *("--dataset", "image_folder", "--classes", str(self.folder / "classes.txt"), "--num_rounds", "2", *flags),
+        ]
+
+
+PROD = ["--env", "prod", "--dataset", "digits"]
+BAD_FLAGS = {
+    "a kit without sites": (["--startup_kit", "."], "--startup_kit is for real sites: add --env prod"),
+    "no kit": (PROD, "--startup_kit DIR is missing"),
+    "a kit that is none": ([*PROD, "--startup_kit", "."], "startup/fed_admin.json is not there"),
+    "images dealt to real sites": ([*PROD, "--partition", "iid"], "real sites have their own: use none"),
+    "the sites' images here": ([*PROD, "--data_root", "."], "each site sets its own FL_DATA_ROOT"),
+    "a check of real sites": ([*PROD, "--check"], "leave --env prod out"),
+    "no classes": (["--env", "prod", "--dataset", "image_folder"], "--classes FILE is missing"),
+    "classes that are not there": ([*PROD, "--classes", "/nowhere"], "there is no file /nowhere"),
+    "an export over something": ([*PROD, "--export", "."], "exists: choose another folder"),
+    "a site twice": ([*PROD, "--sites", "a,b,a"], "--sites names a twice"),
+    "spaces among sites": ([*PROD, "--sites", "a, b"], "--sites has a name ' b'"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FLAGS)
+def test_a_wrong_flag_is_refused_in_one_line(project, fault):
+    flags, message = BAD_FLAGS[fault]
+    run = project.run("job.py", *flags)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r"job.py: .*\n", run.stderr)
+    assert message in run.stderr
+    assert not (project.folder / "runs").exists()
+
+
+def test_an_export_is_the_whole_job_without_an_image(project, tmp_path):
+    """It goes to the sites of deploy/project.yml, and goes on as long as more than half of them are there."""
+    (tmp_path / "classes.txt").write_text("cat\n\ndog \n")
+    flags = ["--dataset", "image_folder", "--classes", str(tmp_path / "classes.txt"), "--export", str(tmp_path / "job")]
+    run = project.run("job.py", "--env", "prod", *flags)
+    assert run.returncode == 0, run.stderr
+    meta = json.loads((tmp_path / "job" / "meta.json").read_text())
+    provision = yaml.safe_load((project.folder / "deploy" / "project.yml").read_text())
+    sites = [member["name"] for member in provision["participants"] if member["type"] == "client"]
+    assert meta["deploy_map"] == {"app": ["server", *sites]}
+    assert meta["min_clients"] == len(sites) // 2 + 1
+    custom = tmp_path / "job" / "app" / "custom"
+    assert (custom / "classes.txt").read_text() == "cat\ndog\n"
+    assert "--partition none" in (tmp_path / "job" / "app" / "config" / "config_fed_client.json").read_text()
+
+
+def test_the_known_classes_of_a_public_data_set_are_those_of_its_images():
+    from torchvision.datasets import FashionMNIST
+
+    from federation.catalog import SOURCES, open_split, prepare
+
+    assert list(SOURCES["digits"].classes) == open_split(prepare("digits", None, 32), "train").classes
+    assert list(SOURCES["fashion_mnist"].classes) == [name.replace("/", " or ") for name in FashionMNIST.classes]
+    assert [len(SOURCES[name].classes) for name in ("cifar10", "bloodmnist")] == [10, 8]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, for containers")
+def test_the_health_check_tells_a_server_that_listens_and_a_site_that_is_connected(project, tmp_path):
+    for name in ("server", "client"):
+        (tmp_path / name / "startup").mkdir(parents=True)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        for name in ("server", "client"):
+            config = {"servers": [{"service": {"target": f"localhost:{port}"}}]}
+            (tmp_path / name / "startup" / f"fed_{name}.json").write_text(json.dumps(config))
+
+        def health(name):
+            run = project.run("deploy/healthy.py", str(tmp_path / name))
+            return run.returncode, run.stdout
+
+        assert health("server") == (1, f"nothing listens at port {port}\n")
+        server.listen()
+        assert health("server") == (0, "")
+        assert health("client") == (1, f"not connected to localhost:{port}\n")
+        with socket.create_connection(("127.0.0.1", port)):
+            assert health("client") == (0, "")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    return Project(tmp_path_factory.mktemp("sites") / "project")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("images")
+    return {site: write_images(root / site, CLASSES, seed) for seed, site in enumerate(SITES)}
+
+
+@pytest.fixture(scope="module")
+def federation(project, images, tmp_path_factory):
+    """A running federation; `east` alone tells how many images of each class it has."""
+    folder = tmp_path_factory.mktemp("federation")
+    (folder / "tap").mkdir()
+    (folder / "tap" / "sitecustomize.py").write_text(TAP)
+    federation = Federation(project, folder / "own", "ours")
+    federation.received = folder / "received"
+    try:
+        federation.start("localhost", PYTHONPATH=str(folder / "tap"), TAP=str(federation.received))
+        for site in SITES:
+            federation.start(site, FL_DATA_ROOT=str(images[site]), FL_SHARE_COUNTS="1" if site == "east" else "")
+        yield federation
+    finally:
+        federation.stop()
+
+
+@pytest.fixture(scope="module")
+def finished(federation, project):
+    """A job that a lead submitted and brought home."""
+    run = project.run(*federation.job("--name", "first", "--local_epochs", "20"))
+    assert run.returncode == 0, run.stderr + run.stdout
+    project.screen = run.stdout
+    return json.loads((project.folder / "runs" / "first" / "results.json").read_text())
+
+
+@pytest.mark.slow
+class TestAFederationOfSites:
+    def test_trains_a_model_on_images_that_the_submitter_has_not(self, finished, project):
+        assert finished["env"] == "prod"
+        assert finished["lost"] == []
+        untrained, *_, last = (entry["accuracy"] for entry in finished["rounds"])
+        assert last > untrained
+        assert set(finished["test"]["sites"]) == set(SITES)
+        assert torch.load(project.folder / "runs" / "first" / "final.pt", weights_only=True)
+
+    def test_tells_who_holds_what_only_of_a_site_that_opts_in(self, finished, project):
+        held = json.loads((project.folder / "runs" / "first" / "partition.json").read_text())
+        half = N_IMAGES // 2
+        assert held["counts"] == {"north": {}, "east": {"benign": half, "malign": half}, "south": {}}
+        assert held["sites"] == {}
+
+    def test_sends_no_image_label_or_file_name_to_the_server(self, finished, federation, images):
+        received = b"".join(path.read_bytes() for path in federation.received.parent.glob("received.*"))
+        stored = [path for top in (federation.kits / "localhost", federation.folder / "storage") for path in files(top)]
+        everything = received + b"".join(path.read_bytes() for path in stored)
+        assert b"val_acc" in received and b"north" in received  # it was listened to, and it can be read
+        assert finished["test"]["sites"]["north"]["images"] == N_IMAGES // 4
+        for root in images.values():
+            for path in files(root):
+                pixels = np.asarray(Image.open(path))
+                for form in (pixels, pixels.transpose(2, 0, 1)):
+                    assert form[:2].tobytes() not in everything
+                    assert (form[:2] / np.float32(127.5) - 1).astype(np.float32).tobytes()[:64] not in everything
+                assert path.stem.encode() not in everything
+            assert str(root).encode() not in everything
+        labels = np.arange(N_IMAGES, dtype=np.int64) % 2
+        for form in (np.sort(labels), labels):
+            assert form.tobytes() not in everything
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+class TestIsRefused:
+    def test_a_submitter_without_the_right(self, finished, federation, project):
+        run = project.run(*federation.job("--name", "member", by="member@example.com"))
+        assert run.returncode == 1
+        assert "member@example.com has no right to submit" in run.stderr
+
+    def test_a_site_and_a_submitter_of_another_federation(self, finished, federation, project, tmp_path):
+        other = Federation(project, tmp_path / "other", "theirs")
+        for kit, name in (("north", "fed_client.json"), ("lead@example.com", "fed_admin.json")):
+            config = other.kits / kit / "startup" / name
+            config.write_text(config.read_text().replace(str(other.port), str(federation.port)))
+        federation.kill("north")
+        try:
+            other.start("north")
+            run = project.run(*federation.job("--name", "intruder", "--wait", "15"))
+        finally:
+            other.stop()
+        assert run.returncode == 1
+        assert "north did not connect within 15 s" in run.stderr
+        run = project.run(*other.job("--name", "stranger", "--wait", "1"))
+        assert run.returncode == 1
+        assert "no connection to the server within 1 s" in run.stderr
+
+
+@pytest.mark.slow
+def test_a_site_that_never_comes_is_named_after_the_stated_wait(finished, federation, project):
+    run = project.run(*federation.job("--name", "nobody", "--wait", "3", sites=["east", "west"]))
+    assert run.returncode == 1
+    assert "waiting up to 3 s for west" in run.stdout
+    assert "west did not connect within 3 s" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["missing", "other classes"])
+def test_a_site_whose_data_cannot_be_used_is_named_at_once(finished, federation, project, tmp_path, fault):
+    root = write_images(tmp_path / "other", ["benign", "unclear"], 9) if fault == "other classes" else tmp_path / "none"
+    federation.kill("south")
+    federation.start("south", FL_DATA_ROOT=str(root))
+    run = project.run(*federation.job("--name", fault.replace(" ", "-"), sites=["east", "south"]))
+    assert run.returncode == 1
+    assert "south failed" in run.stderr
+    assert "unclear" not in run.stderr + run.stdout  # the reason stays in the site's own log
+
+
+@pytest.mark.slow
+def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_alone(project):
+    """Another POC is likely to hold port 8002, and has its files in /tmp/nvflare."""
+    flags = ("--dataset", "digits", "--n_clients", "2", "--num_rounds", "2")
+    foreign = socket.socket()
+    foreign.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with foreign:
+        try:
+            foreign.bind(("127.0.0.1", 8002))
+            foreign.listen()
+        except OSError:
+            pass  # there is a foreign one already
+        before = Path("/tmp/nvflare").exists()
+        run = project.run("job.py", *flags, "--env", "poc", "--name", "poc")
+        assert run.returncode == 0, run.stderr
+        assert Path("/tmp/nvflare").exists() == before
+    assert project.processes() == []
+    assert project.run("job.py", *flags, "--name", "sim").returncode == 0
+    poc, sim = (torch.load(project.folder / "runs" / name / "final.pt", weights_only=True) for name in ("poc", "sim"))
+    assert poc.keys() == sim.keys()
+    assert all(torch.equal(poc[name], sim[name]) for name in sim)
+    results = [json.loads((project.folder / "runs" / name / "results.json").read_text()) for name in ("poc", "sim")]
+    assert results[0]["rounds"] == results[1]["rounds"]
+    assert results[0]["test"] == results[1]["test"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_poc_and_all_its_processes(project):
+    process = project.start(
+        "job.py", "--dataset", "digits", "--env", "poc", "--n_clients", "2", "--num_rounds", "50", "--name", "stopped"
+    )
+    for line in process.stdout:
+        if line.startswith("round 1 "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; no process is left" in error
+    assert project.processes() == []
