@@ -79,7 +79,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     import torch
 
     import results
-    from federation import display, environments, outcome, recipes, resume, schema, sites, tracking
+    from federation import display, environments, outcome, recipes, resume, schema, tracking
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -102,7 +102,11 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     tracking.add_tracking(recipe, options.tracking, folder)
     recipe.export(str(folder))
     logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}  # real sites keep theirs
-    run_job = {"sim": environments.simulate, "poc": sites.rehearse, "prod": sites.submit}[options.env]
+    run_job = environments.simulate
+    if options.env != "sim":
+        from federation import sites
+
+        run_job = sites.rehearse if options.env == "poc" else sites.submit
     try:
         with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
             run_job(folder / recipe.name, folder, options, follow)

@@ -69,16 +69,8 @@ def read(run: Path) -> dict:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
     missing = dict.fromkeys(("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing"))
-    return {
-        "version": 0,
-        "env": "sim",
-        "lost": [],
-        "tracking": "none",
-        "stopped_early": False,
-        "versions": {},
-        **missing,
-        **result,
-    }
+    usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
+    return {**usual, **missing, **result}
 
 
 def read_json(path: Path):

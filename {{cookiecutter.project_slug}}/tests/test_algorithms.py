@@ -87,6 +87,7 @@ REFUSED = {
 @pytest.fixture
 def runs(tmp_path, monkeypatch) -> Path:
     """Runs to go on from: one that is finished, one that was broken off, one of another version."""
+    (tmp_path / "model.py").write_text("class LitNet(LightningModule): pass\n")
     monkeypatch.setattr(command_line, "PROJECT", tmp_path)
     for name, text in (("first", json.dumps(MADE)), ("broken", None), ("old", "{}")):
         (tmp_path / "runs" / name).mkdir(parents=True)
