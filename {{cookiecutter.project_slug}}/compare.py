@@ -91,7 +91,7 @@ def compare(folder: Path, result: dict) -> dict:
     """
     options = argparse.Namespace(
         **{name: result[name] for name in ("dataset", *results.CONFIGURATION)},
-        model_class=result.get("model_class", "LitNet"),
+        model_class=result.get("model_class") or "LitNet",
         max_batches=result.get("max_batches"),
         gpu=result["device"] != "cpu",
     )

@@ -1,7 +1,7 @@
 """One site's images as a LightningDataModule. The only door to data: nothing else in the project opens an image.
 
 To train on other data, replace this file. The programs rely on what follows; `options` is the command line's
-(`dataset`, `image_size`, `partition`, `alpha`, `shards_per_site`, `n_clients`, `seed`, `batch_size`):
+(`dataset`, `image_size`, `partition`, `alpha`, `shards_per_site`, `n_clients`, `seed`, `batch_size`, `gpu`):
 
 - `prepare(options)`: get the data ready on this machine; called once, before any site starts;
 - `describe(options)`: who holds what, a `Holdings`;
@@ -49,7 +49,7 @@ class Holdings:
     counts: dict[str, dict[str, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """The images that `indices` choose, of uint8 (N, 3, S, S), with their labels, int64 (N,)."""
 
@@ -67,24 +67,39 @@ class Batches:
         part: the images.
         batch_size: B; the last batch may be smaller.
         shuffle: None keeps the order. A key gives an order of its own to each key and pass, whichever process asks.
+        device: a GPU takes the part's images once, as uint8, and slices the batches there; None: they stay where they
+            are, in memory that the sites of a machine share.
     """
 
-    def __init__(self, part: Part, batch_size: int, shuffle: tuple[int, ...] | None = None):
-        self.part, self.batch_size, self.shuffle = part, batch_size, shuffle
+    def __init__(
+        self,
+        part: Part,
+        batch_size: int,
+        shuffle: tuple[int, ...] | None = None,
+        device: torch.device | None = None,
+    ):
+        self.part, self.batch_size, self.shuffle, self.device = part, batch_size, shuffle, device
         self.passes = 0
 
     def __len__(self) -> int:
         return -(-len(self.part.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = self.part.indices
+        order = np.arange(len(self.part.indices))
         if self.shuffle is not None:
             order = np.random.default_rng((*self.shuffle, self.passes)).permutation(order)
         self.passes += 1
         for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            images = torch.from_numpy(self.part.images[chosen]).to(torch.float32)
-            yield images.mul_(1 / (255 * STD)).sub_(MEAN / STD), torch.from_numpy(self.part.labels[chosen])
+            images, labels = self._slice(order[start : start + self.batch_size])
+            yield images.to(torch.float32).mul_(1 / (255 * STD)).sub_(MEAN / STD), labels
+
+    def _slice(self, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.device is None:
+            chosen = self.part.indices[places]
+            return torch.from_numpy(self.part.images[chosen]), torch.from_numpy(self.part.labels[chosen])
+        images, labels = _on_device(self.part, self.device)
+        chosen = torch.from_numpy(places).to(self.device)
+        return images[chosen], labels[chosen]
 
 
 class SiteDataModule(LightningDataModule):
@@ -101,6 +116,7 @@ class SiteDataModule(LightningDataModule):
         self.site, self.classes, self.options = site, classes, options
         self.round = 0
         self.parts: dict[str, Part] = {}
+        self.device = torch.device("cuda") if options.gpu and torch.cuda.is_available() else None
 
     def prepare_data(self) -> None:
         """Fetch and convert what is missing; in a simulation all of it is there already."""
@@ -138,16 +154,23 @@ class SiteDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         key = (self.options.seed, zlib.crc32((self.site or "").encode()), self.round)
-        return Batches(self.parts["train"], self.options.batch_size, shuffle=key)
+        return Batches(self.parts["train"], self.options.batch_size, key, self.device)
 
     def val_dataloader(self) -> Batches:
-        return Batches(self.parts["val"], EVALUATION_BATCH)
+        return Batches(self.parts["val"], EVALUATION_BATCH, device=self.device)
 
     def test_dataloader(self) -> Batches:
-        return Batches(self.parts["test"], EVALUATION_BATCH)
+        return Batches(self.parts["test"], EVALUATION_BATCH, device=self.device)
 
     def predict_dataloader(self) -> Batches:
-        return Batches(self.parts["test"], EVALUATION_BATCH)
+        return Batches(self.parts["test"], EVALUATION_BATCH, device=self.device)
+
+
+@cache
+def _on_device(part: Part, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A part's images, uint8 (N, 3, S, S), and labels, int64 (N,), on a device: copied once."""
+    images, labels = part.images[part.indices], part.labels[part.indices]
+    return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 
 
 def prepare(options) -> None:

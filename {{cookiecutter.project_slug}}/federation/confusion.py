@@ -58,7 +58,7 @@ def _site(run: Path, result: dict, classes: list[str], site: str, n_images: int)
     model = LitNet(num_classes=len(classes), learning_rate=result["learning_rate"])
     model.load_state_dict(torch.load(run / result["model"], weights_only=True))
     model.eval()
-    data = SiteDataModule(site, classes, argparse.Namespace(**result))
+    data = SiteDataModule(site, classes, argparse.Namespace(**result, gpu=False))
     data.prepare_data()
     data.setup("test")
     if data.n_test != n_images:

@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 SURROUNDINGS = ("FL_DATA_ROOT", "FL_SHARE_COUNTS", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 OPTIONS = {
-    "model": "LitNet",
+    "model_class": "LitNet",
     "dataset": "digits",
     "image_size": 32,
     "partition": "iid",
@@ -25,6 +25,7 @@ OPTIONS = {
     "n_clients": 2,
     "seed": 0,
     "batch_size": 16,
+    "gpu": False,
 }
 
 

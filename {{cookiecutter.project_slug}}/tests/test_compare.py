@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch, options):
         }
         result = {
             "dataset": made.dataset,
-            "model_class": made.model,
+            "model_class": made.model_class,
             **{name: getattr(made, name) for name in results.CONFIGURATION},
             "max_batches": None,
             "device": "cpu",

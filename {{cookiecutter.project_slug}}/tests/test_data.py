@@ -316,3 +316,21 @@ def test_a_site_with_a_single_image_cannot_validate(tmp_path, monkeypatch, run):
         Image.new("RGB", (2, 2)).save(tmp_path / split / "ant" / "0.png")
     monkeypatch.setenv("FL_DATA_ROOT", str(tmp_path))
     assert "site-1" in failure("site-1", run(partition="none"))
+
+
+@pytest.mark.parametrize("shuffle", [None, (1, 2, 3)], ids=["in order", "shuffled"])
+def test_a_device_of_its_own_gets_the_same_batches(shuffle, run):
+    """As on a GPU: the images are copied to the device once, and sliced there. Here the device is the processor."""
+    part = opened("site-2", run(partition="iid")).parts["train"]
+    shared, copied = data.Batches(part, 7, shuffle), data.Batches(part, 7, shuffle, torch.device("cpu"))
+    for _ in range(2):
+        for (images, labels), (own_images, own_labels) in zip(shared, copied, strict=True):
+            assert torch.equal(images, own_images) and torch.equal(labels, own_labels)
+            own_images.zero_()  # what is kept on the device does not change with a batch
+
+
+def test_a_gpu_is_used_only_where_it_is_asked_for_and_present(run, monkeypatch):
+    assert opened("site-1", run(gpu=True)).device is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert opened("site-1", run(gpu=True)).device == torch.device("cuda")
+    assert opened("site-1", run(gpu=False)).device is None
