@@ -115,7 +115,7 @@ def compare(folder: Path, result: dict) -> dict:
     sites = {site: data.SiteDataModule(site, holdings.classes, options) for site in holdings.sites}
     for module in (pooled, *sites.values()):
         module.prepare_data()
-        module.setup()
+        module.setup("fit")
     # The number of the last round: it counts those of a run that this one went on from, and none that was left out.
     epochs = result["rounds"][-1]["round"] * options.local_epochs
     centralised, *alone = train([pooled, *sites.values()], ["", *sites], len(holdings.classes), epochs, options)

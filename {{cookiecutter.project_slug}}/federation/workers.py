@@ -40,8 +40,10 @@ def forked_clients():
             return _Client(orders.recv())
 
     simulator_runner.subprocess = SimpleNamespace(Popen=fork, TimeoutExpired=subprocess.TimeoutExpired)
-    yield
-    orders.close()
+    try:
+        yield
+    finally:
+        orders.close()  # the nursery ends, or the simulator's process would wait for it for ever
 
 
 class _Client:

@@ -379,6 +379,7 @@ def test_the_global_model_is_the_mean_of_the_sites_own_by_their_images(federatio
     from data import SiteDataModule, describe
     from model import LitNet
 
+    torch.set_num_threads(1)  # as the sites have it
     result = federations.run("--n_clients", "3", "--num_rounds", "1")
     made = options(partition="dirichlet", alpha=1.0, n_clients=3)
     holdings = describe(made)

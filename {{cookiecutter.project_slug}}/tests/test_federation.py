@@ -266,7 +266,7 @@ def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
 def test_a_client_that_is_killed_ends_the_job(project):
     process = start_training(project)
     for child in psutil.Process(process.pid).children(recursive=True):
-        if "site-2" in child.cmdline():
+        if child.cwd().endswith("/site-2"):
             child.kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
