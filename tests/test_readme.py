@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import TEMPLATE, BakedProject, run, surroundings
+from conftest import PROJECT, TEMPLATE, BakedProject, run, surroundings
 
 JOB, RESULTS = ".venv/bin/python job.py", ".venv/bin/python results.py"
 
@@ -97,6 +97,13 @@ def test_every_flag_exists(project):
             helps[program] = subprocess.check_output(show, cwd=project.path, encoding="utf-8")
         for flag in filter(re.compile("-").match, words):
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[program]), command
+
+
+def test_the_map_for_contributors_names_every_program_of_the_project():
+    text = (TEMPLATE / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    programs = [path.relative_to(PROJECT) for path in PROJECT.rglob("*.py")]
+    missing = [path for path in programs if path.parts[0] not in ("tests", "deploy") and f"`{path.name}`" not in text]
+    assert missing == []
 
 
 def test_every_target_exists():
