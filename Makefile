@@ -11,11 +11,17 @@ demo: .venv/ready  ## render a project with its digits data set and run it: 2 si
 		project_slug=fl-digits dataset=digits rounds=5 setup=skip
 	cd $(DEMO) && ../../$(BIN)/python job.py --local_epochs 2
 
+test-fast: .venv/ready  ## the template's own fast tests: no federation, no tests of a rendered project
+	$(BIN)/python -m pytest -m "not slow and not federation and not project"
+
 test: .venv/ready  ## the fast tests of the template and of a rendered project, and one federation
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: .venv/ready  ## all tests: faults, more federations, real environments
 	$(BIN)/python -m pytest
+
+snapshots: .venv/ready  ## write tests/snapshots/ anew, after a change of what is rendered; then look at `git diff`
+	SNAPSHOTS=write $(BIN)/python -m pytest -q tests/test_snapshots.py
 
 lint: .venv/ready  ## ruff on everything where it stands
 	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
@@ -34,4 +40,4 @@ bench-quick: .venv/ready  ## the same on few images: shows that the benchmark wo
 clean:  ## remove what was built here
 	rm -rf build .venv
 
-.PHONY: help demo test test-all lint bench bench-quick clean
+.PHONY: help demo test-fast test test-all snapshots lint bench bench-quick clean

@@ -12,6 +12,7 @@ TIERS = [
 ]
 
 
+@pytest.mark.project
 @pytest.mark.parametrize("tier", TIERS)
 def test_its_own_tests_pass(bake, tier):
     project = bake(dataset="digits").path

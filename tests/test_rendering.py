@@ -16,6 +16,7 @@ CHOICES = {
 COMBINATIONS = [dict(zip(CHOICES, answers, strict=True)) for answers in itertools.product(*CHOICES.values())]
 
 FILES = """
+    .github/workflows/ci.yml
     .gitignore
     README.md
     client.py

@@ -1,0 +1,140 @@
+"""Every command of both READMEs works as it stands there, or is listed here with the reason why no test runs it.
+
+A new command makes a test fail until it stands in one of the lists.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import PROJECT, TEMPLATE, BakedProject, run, surroundings
+
+JOB, RESULTS = ".venv/bin/python job.py", ".venv/bin/python results.py"
+
+RUN_IN_TEMPLATE = ["make demo", "make lint"]
+NOT_RUN_IN_TEMPLATE = {
+    "cookiecutter gh:org/fl-lightning-template": "needs a network; test_post_gen_real.py renders this copy",
+    "make test": "runs this test",
+}
+
+RUN_IN_PROJECT = {  # and what is added, where a test would take minutes
+    "python3 install.py": "",
+    JOB: "",
+    RESULTS: "",
+    f"{RESULTS} first second": "",
+    f"{RESULTS} first --html": "",
+    f"{RESULTS} first second --html": "",
+    ".venv/bin/python compare.py": "",
+    f"{JOB} --dataset image_folder --data_root /path/to/images": "--prepare_only",
+    f"{JOB} --dataset image_folder --data_root '/path/to/{{site}}/images'": "--prepare_only",
+}
+NOT_RUN_IN_PROJECT = {
+    f"{JOB} --env poc": "a minute; the project's tests/test_sites.py runs it",
+    f"{JOB} --env prod --startup_kit KIT --classes classes.txt": "other machines; the project's tests/test_sites.py",
+    '.venv/bin/python -m pytest -m "not federation and not slow"': "test_project.py runs it",
+    ".venv/bin/python -m pytest": "minutes; test_project.py runs it in parts",
+}
+
+
+def commands(readme: Path) -> list[str]:
+    """The commands in the blocks ```sh, one line each, without comments."""
+    found = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S):
+        assert language in ("sh", "python", ""), f"{readme}: commands go into blocks of sh, not {language}"
+        if language == "sh":
+            lines = block.replace("\\\n", "").splitlines()
+            found += [command for line in lines if (command := re.sub(r"(^|\s+)#.*", "", line).strip())]
+    return found
+
+
+def environment_in(folder: Path) -> None:
+    """Give a folder a .venv with all that the Python of this test has, of which a removal would remove links only."""
+    (folder / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        (folder / ".venv" / path.name).symlink_to(path)
+    ready = folder / ".venv" / "ready"  # for make; a file of its own
+    ready.unlink(missing_ok=True)
+    ready.touch()
+
+
+def as_typed_in(folder: Path, command: str) -> None:
+    """Run a command as a user would in a folder, and fail if it does."""
+    home = folder.parent / "home"
+    nothing_fetched = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}"}
+    code, said = run(["sh", "-c", command], folder, surroundings(home, **nothing_fetched))
+    assert code == 0, f"{command}\n{said}"
+
+
+@pytest.fixture
+def project(bake) -> BakedProject:
+    return bake(dataset="digits")
+
+
+def test_every_command_of_the_template_is_run_or_has_a_reason():
+    assert set(commands(TEMPLATE / "README.md")) == {*RUN_IN_TEMPLATE, *NOT_RUN_IN_TEMPLATE}
+
+
+def test_every_command_of_the_project_is_run_or_has_a_reason(project):
+    assert set(commands(project.path / "README.md")) == {*RUN_IN_PROJECT, *NOT_RUN_IN_PROJECT}
+
+
+def test_every_flag_exists(project):
+    """Also of the commands that no test runs."""
+    helps = {}
+    for command in commands(project.path / "README.md"):
+        program, *words = shlex.split(command)[1:]
+        if not program.endswith(".py"):
+            continue
+        if program not in helps:
+            show = [sys.executable, program, "--help"]
+            helps[program] = subprocess.check_output(show, cwd=project.path, encoding="utf-8")
+        for flag in filter(re.compile("-").match, words):
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[program]), command
+
+
+def test_the_map_for_contributors_names_every_program_of_the_project():
+    text = (TEMPLATE / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    programs = [path.relative_to(PROJECT) for path in PROJECT.rglob("*.py")]
+    missing = [path for path in programs if path.parts[0] not in ("tests", "deploy") and f"`{path.name}`" not in text]
+    assert missing == []
+
+
+def test_every_target_exists():
+    makefile = (TEMPLATE / "Makefile").read_text(encoding="utf-8")
+    targets = [words[1] for command in commands(TEMPLATE / "README.md") if (words := command.split())[0] == "make"]
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_template_work(tmp_path):
+    left_behind = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache")
+    template = shutil.copytree(TEMPLATE, tmp_path / "template", ignore=left_behind)
+    environment_in(template)
+    for command in RUN_IN_TEMPLATE:
+        as_typed_in(template, command)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_project_work(project):
+    environment_in(project.path)
+    for site in ("site-1", "site-2"):
+        for number in range(20):
+            image = project.path / site / "images" / "train" / f"class-{number % 2}" / f"{number}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(image)
+    for command, added in RUN_IN_PROJECT.items():  # in this order: what is shown has to be there
+        command = command.replace("/path/to/images", "site-1/images").replace("/path/to/{site}", "{site}")
+        as_typed_in(project.path, f"{command} {added}")
+        if command == JOB:
+            newest = (project.path / "runs" / "latest").resolve()
+            for name in ("first", "second"):
+                shutil.copytree(newest, newest.parent / name)
+    assert (project.path / "runs" / "first" / "report.html").exists()
+    assert (project.path / "runs" / "comparison.html").exists()

