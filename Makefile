@@ -20,6 +20,10 @@ test-all: .venv/ready  ## all tests: faults, more federations, real environments
 lint: .venv/ready  ## ruff on everything where it stands
 	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
 
+types: .venv/ready  ## mypy, strict, on a rendered project: settings.py is no Python before that
+	$(BIN)/cookiecutter . --no-input --overwrite-if-exists --output-dir build project_slug=fl-types setup=skip
+	cd build/fl-types && ../../$(BIN)/python -m mypy
+
 bench: .venv/ready  ## measure the speed beside a plain loop and the textbook way; BENCH="--data DIR" takes your images
 	$(BIN)/python benchmarks/speed.py $(BENCH)
 
@@ -34,4 +38,4 @@ bench-quick: .venv/ready  ## the same on few images: shows that the benchmark wo
 clean:  ## remove what was built here
 	rm -rf build .venv
 
-.PHONY: help demo test test-all lint bench bench-quick clean
+.PHONY: help demo test test-all lint types bench bench-quick clean
