@@ -451,7 +451,8 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
             image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR, reducing_gap=2.0)
