@@ -26,6 +26,10 @@ snapshots: .venv/ready  ## write tests/snapshots/ anew, after a change of what i
 lint: .venv/ready  ## ruff on everything where it stands
 	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
 
+types: .venv/ready  ## mypy, strict, on a rendered project: settings.py is no Python before that
+	$(BIN)/cookiecutter . --no-input --overwrite-if-exists --output-dir build project_slug=fl-types setup=skip
+	cd build/fl-types && ../../$(BIN)/python -m mypy
+
 bench: .venv/ready  ## measure the speed beside a plain loop and the textbook way; BENCH="--data DIR" takes your images
 	$(BIN)/python benchmarks/speed.py $(BENCH)
 
@@ -40,4 +44,4 @@ bench-quick: .venv/ready  ## the same on few images: shows that the benchmark wo
 clean:  ## remove what was built here
 	rm -rf build .venv
 
-.PHONY: help demo test-fast test test-all snapshots lint bench bench-quick clean
+.PHONY: help demo test-fast test test-all snapshots lint types bench bench-quick clean

@@ -85,10 +85,17 @@ class BakedProject:
 
     def ruff(self, *command: str) -> str:
         """Return ruff's complaints about the project, under the project's own configuration."""
-        result = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "--no-cache"], cwd=self.path, capture_output=True, encoding="utf-8"
+        return self._complaints("ruff", *command, "--no-cache")
+
+    def mypy(self) -> str:
+        """Return mypy's complaints about the project, under the project's own configuration."""
+        return self._complaints("mypy", "--cache-dir", os.devnull)
+
+    def _complaints(self, tool: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", tool, *arguments], cwd=self.path, capture_output=True, encoding="utf-8"
         )
-        return "" if result.returncode == 0 else result.stdout + result.stderr
+        return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
 def checked(answers: dict) -> dict:

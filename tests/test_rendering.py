@@ -100,6 +100,11 @@ def test_ruff_finds_nothing(project):
     assert project.ruff("format", "--check") == ""
 
 
+@pytest.mark.slow
+def test_mypy_finds_nothing(bake):
+    assert bake().mypy() == ""
+
+
 def test_no_token_of_the_template_is_left(project):
     for name in project.files():
         tokens = r"\{\{|\{%|\{#|cookiecutter" if is_rendered(name) else "cookiecutter"

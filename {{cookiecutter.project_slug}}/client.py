@@ -21,7 +21,7 @@ from federation.telemetry import Telemetry
 from trainer import make_trainer, training_seed
 
 
-def define_parser():
+def define_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="One site of the federation. job.py says how it is called.")
     parser.add_argument("--model_class", required=True)
     parser.add_argument("--batch_size", type=int, required=True)
@@ -41,7 +41,7 @@ def define_parser():
     return parser
 
 
-def main():
+def main() -> None:
     args = define_parser().parse_args()
 
     flare.init()
@@ -72,7 +72,7 @@ def main():
         if flare_client.is_evaluate():  # the server asks what a global model is worth, nothing more
             print(f"[Site = {site}] --- evaluate global model ---")
             model.load_state_dict(input_model.params)
-            metrics = {"val_images": data.n_val, "test_images": data.n_test, **data.shared_counts()}
+            metrics: dict[str, float] = {"val_images": data.n_val, "test_images": data.n_test, **data.shared_counts()}
             for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
                 metrics.update(result)
             flare_client.send(flare_client.FLModel(metrics=metrics))

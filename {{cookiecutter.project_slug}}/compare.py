@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -60,7 +61,7 @@ def main() -> int:
     return 0
 
 
-def find_run(name: str) -> tuple[Path, dict]:
+def find_run(name: str) -> tuple[Path, dict[str, Any]]:
     """A finished run's folder and what its results.json says.
 
     Raises:
@@ -76,7 +77,7 @@ def find_run(name: str) -> tuple[Path, dict]:
         raise UsageError(f"runs/{folder.name} has no results.json: it is not finished, or it failed") from None
 
 
-def compare(folder: Path, result: dict) -> dict:
+def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Train without the federation, and put the accuracies beside the federation's.
 
     Args:
@@ -141,7 +142,7 @@ def compare(folder: Path, result: dict) -> dict:
     }
 
 
-def train(modules: list, sites: list[str], n_classes: int, epochs: int, options: argparse.Namespace) -> list:
+def train(modules: list[Any], sites: list[str], n_classes: int, epochs: int, options: argparse.Namespace) -> list[Any]:
     """A model for each data module, trained on its images alone. All begin with the federation's initial weights."""
     import torch
     from pytorch_lightning import seed_everything
@@ -177,7 +178,7 @@ def train(modules: list, sites: list[str], n_classes: int, epochs: int, options:
     return trained
 
 
-def test(model, module, options: argparse.Namespace) -> float | None:
+def test(model: Any, module: Any, options: argparse.Namespace) -> float | None:
     """The accuracy on a data module's test images; None if it has none."""
     from trainer import make_trainer
 
@@ -193,7 +194,7 @@ def mean(values: dict[str, float | None], weights: dict[str, int]) -> float | No
     return sum(value * weights[site] for site, value in there.items()) / total if total else None
 
 
-def show(comparison: dict) -> None:
+def show(comparison: dict[str, Any]) -> None:
     """Print the table of a compare.json, and what it says."""
     rows = comparison["rows"]
     sites = list(rows["federated"]["sites"])[: results.MAX_COLUMNS]
@@ -223,7 +224,7 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def plot(comparison: dict, file: Path) -> None:
+def plot(comparison: dict[str, Any], file: Path) -> None:
     """Draw the table: a group of bars for all sites, and one for each of them."""
     from matplotlib.figure import Figure  # without pyplot, no window is ever opened
 

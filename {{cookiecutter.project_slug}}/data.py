@@ -14,6 +14,7 @@ To train on other data, replace this file. The programs rely on what follows; `o
 Data that cannot be used raises `DataError`, one line for the user.
 """
 
+import argparse
 import os
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from pytorch_lightning import LightningDataModule
 from federation.catalog import SOURCES, DataError, Split, open_split
 from federation.catalog import prepare as prepare_store
 from federation.partition import deal, deal_like, hold_out, site_names
+
+__all__ = ["DataError", "Holdings", "SiteDataModule", "describe", "known_classes", "pooled", "prepare"]
 
 VALIDATION_SHARE = 0.2  # of each site's images; fixed for the whole run
 EVALUATION_BATCH = 500  # images; nothing is kept for gradients, so it can be larger than a training batch
@@ -111,7 +114,7 @@ class SiteDataModule(LightningDataModule):
         options: see the top of this file.
     """
 
-    def __init__(self, site: str | None, classes: list[str], options):
+    def __init__(self, site: str | None, classes: list[str], options: argparse.Namespace):
         super().__init__()
         self.site, self.classes, self.options = site, classes, options
         self.round = 0
@@ -173,7 +176,7 @@ def _on_device(part: Part, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 
 
-def prepare(options) -> None:
+def prepare(options: argparse.Namespace) -> None:
     """Fetch and convert the images of every site that this machine stands for.
 
     Raises:
@@ -183,7 +186,7 @@ def prepare(options) -> None:
         _store(site, options)
 
 
-def describe(options) -> Holdings:
+def describe(options: argparse.Namespace) -> Holdings:
     """Deal the images to the sites, as each site will do for itself.
 
     Raises:
@@ -202,7 +205,7 @@ def describe(options) -> Holdings:
     return Holdings(classes, sites, counts)
 
 
-def known_classes(options) -> list[str]:
+def known_classes(options: argparse.Namespace) -> list[str]:
     """The classes of real sites, without an image: those in the file `options.classes`, else a public data set's own.
 
     Raises:
@@ -217,12 +220,12 @@ def known_classes(options) -> list[str]:
     return classes
 
 
-def pooled(classes: list[str], options) -> SiteDataModule:
+def pooled(classes: list[str], options: argparse.Namespace) -> SiteDataModule:
     """All sites' training images as one training set, their validation images as one validation set, and so on."""
     return SiteDataModule(None, classes, options)
 
 
-def _store(site: str, options) -> Path:
+def _store(site: str, options: argparse.Namespace) -> Path:
     root = os.environ.get(ROOT_VARIABLE, "").replace("{site}", site)
     return _prepared(options.dataset, root, options.image_size)
 
@@ -237,7 +240,7 @@ def _split(store: Path, split: str) -> Split:
     return open_split(store, split)
 
 
-def _site_parts(site: str, classes: list[str], options) -> dict[str, Part]:
+def _site_parts(site: str, classes: list[str], options: argparse.Namespace) -> dict[str, Part]:
     store = _store(site, options)
     train, test = _split(store, "train"), _split(store, "test")
     if options.partition == "none":
@@ -266,7 +269,9 @@ def _site_parts(site: str, classes: list[str], options) -> dict[str, Part]:
 
 
 @cache
-def _deal(store: Path, n_sites: int, scheme: str, seed: int, alpha: float, shards_per_site: int):
+def _deal(
+    store: Path, n_sites: int, scheme: str, seed: int, alpha: float, shards_per_site: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(training images, test images): for each site its indices."""
     train, test = _split(store, "train"), _split(store, "test")
     dealt = deal(train.labels, n_sites, scheme, seed, alpha, shards_per_site)

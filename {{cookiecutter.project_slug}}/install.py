@@ -106,7 +106,7 @@ def wants_gpu(options: argparse.Namespace) -> bool:
 
 def fill(python: Path, uv: str | None, lacks: list[str], files: list[Path], without_cuda: bool) -> None:
     """Install what is needed, PyTorch first where it comes from an index of its own."""
-    add = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
+    add: list[str | Path] = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
     if not sys.stdout.isatty():
         add.append("--quiet")
     torch = [line for line in lacks if name_of(line) in ("torch", "torchvision")]
@@ -140,12 +140,12 @@ def is_met(requirement: str) -> bool:
 
 
 def name_of(requirement: str) -> str:
-    return re.match(r"[\w.-]*", requirement)[0]
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
 
 
 def numbers(version: str) -> list[int]:
     """2.9.1+cpu -> [2, 9, 1, 0]"""
-    found = re.findall(r"\d+", re.match(r"[\d.]*", version)[0])
+    found = re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])
     return ([int(number) for number in found] + [0] * 4)[:4]
 
 

@@ -11,8 +11,12 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from federation.command_line import ALGORITHMS, OWN_FLAGS, PROJECT, UsageError, parse, validate
+
+if TYPE_CHECKING:  # Lightning takes seconds
+    from data import Holdings
 
 START = time.monotonic()
 RUNS = Path("runs")
@@ -54,7 +58,7 @@ def main() -> int:
         return 130
 
 
-def get_data(options: argparse.Namespace):
+def get_data(options: argparse.Namespace) -> "Holdings":
     """Fetch and convert what is missing, and say who holds what: data.py's `Holdings`."""
     import federation.quick_start  # noqa: F401 (before Lightning)
 
@@ -70,7 +74,7 @@ def get_data(options: argparse.Namespace):
         raise UsageError(str(error)) from None
 
 
-def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
+def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) -> dict[str, Any]:
     """Run the federation and return its result, which is in `results.json` too.
 
     Raises:
@@ -145,7 +149,7 @@ def federate(options: argparse.Namespace, holdings, folder: Path) -> dict:
     return result
 
 
-def export(options: argparse.Namespace, holdings) -> None:
+def export(options: argparse.Namespace, holdings: "Holdings") -> None:
     """Write the job for real sites to `options.export`: what a submission sends, to be reviewed or submitted."""
     import shutil
 

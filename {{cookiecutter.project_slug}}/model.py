@@ -19,11 +19,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torchmetrics import Accuracy
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # of LitResNet
 LOG_EVERY_N_STEPS = 50  # metrics at every step would cost more than many a layer of a small network
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 criterion = nn.CrossEntropyLoss()
 
@@ -71,7 +74,7 @@ class LitNet(LightningModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x)
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         x, labels = batch
         outputs = self(x)
         loss = criterion(outputs, labels)
@@ -81,7 +84,7 @@ class LitNet(LightningModule):
             self.log("train_acc", self.train_acc, on_step=True, on_epoch=False)
         return loss
 
-    def evaluate(self, batch, stage=None):
+    def evaluate(self, batch: Batch, stage: str | None = None) -> torch.Tensor:
         x, labels = batch
         outputs = self(x)
         if stage:
@@ -90,17 +93,17 @@ class LitNet(LightningModule):
             self.log(f"{stage}_acc", self.valid_acc, on_step=False, on_epoch=True, batch_size=len(labels))
         return outputs
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
 
-    def test_step(self, batch, batch_idx):
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluate(batch, "test")
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         return self.evaluate(batch)
 
-    def configure_optimizers(self):
-        return optim.SGD(self.parameters(), lr=self.hparams.learning_rate, momentum=MOMENTUM, fused=True)
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return optim.SGD(self.parameters(), lr=self.hparams["learning_rate"], momentum=MOMENTUM, fused=True)
 
 
 class LitResNet(LitNet):
@@ -125,14 +128,14 @@ class LitResNet(LitNet):
         self.model.maxpool = nn.Identity()
         self.round, self.num_rounds = 0, 1
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         x, labels = batch
         return (augment(x) if self.trainer.training else x), labels
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = optim.SGD(
             self.parameters(),
-            lr=self.hparams.learning_rate,
+            lr=self.hparams["learning_rate"],
             momentum=MOMENTUM,
             weight_decay=WEIGHT_DECAY,
             fused=True,

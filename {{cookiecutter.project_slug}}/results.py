@@ -6,6 +6,7 @@ Several runs are set side by side. Also what job.py prints on the way.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -25,7 +26,8 @@ MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json
 
 def show_holdings(counts: dict[str, dict[str, int]]) -> None:
     """Print who holds what: a row a site, a column a class; `counts` is that of partition.json."""
-    classes = list(max(counts.values(), key=len))
+    widest = max(counts.values(), key=len)
+    classes = list(widest)
     table = _table()
     _column(table, "site", left=True)
     for name in classes[:MAX_COLUMNS]:
@@ -37,7 +39,7 @@ def show_holdings(counts: dict[str, dict[str, int]]) -> None:
     _print("Who holds what (images to learn from)", table, len(counts), len(classes), "partition.json")
 
 
-def show(result: dict) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print a run's results.json: the global model after each round, and the test of the final one."""
     sites = list(result["test"]["sites"])
     table = _table()
@@ -88,7 +90,7 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def compare(results: dict[str, dict]) -> list[list[str]]:
+def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Set runs side by side.
 
     Args:
@@ -112,7 +114,7 @@ def compare(results: dict[str, dict]) -> list[list[str]]:
     ]
 
 
-def show_comparison(results: dict[str, dict]) -> None:
+def show_comparison(results: dict[str, dict[str, Any]]) -> None:
     """Print runs side by side, a column each."""
     table = _table()
     _column(table, "", left=True)

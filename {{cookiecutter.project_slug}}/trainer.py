@@ -1,5 +1,6 @@
 """The Trainer's settings, the same wherever the model is trained: at a site (client.py) and in compare.py."""
 
+import argparse
 import sys
 import zlib
 
@@ -7,7 +8,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 
 
-def make_trainer(args, max_epochs: int, callbacks: list[Callback] | None = None) -> Trainer:
+def make_trainer(args: argparse.Namespace, max_epochs: int, callbacks: list[Callback] | None = None) -> Trainer:
     """A Trainer that trains for `max_epochs` whenever `fit` is called, and writes nothing.
 
     Args:

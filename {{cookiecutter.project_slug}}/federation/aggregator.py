@@ -5,6 +5,8 @@ same results give the same model. The price is memory on the server: all results
 has come.
 """
 
+from typing import Any
+
 from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
@@ -21,7 +23,7 @@ class OrderedMean(ModelAggregator):
     The weights are what client.py reports as `NUM_STEPS_CURRENT_ROUND`; the arithmetic is NVFlare's own.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.results: dict[str, FLModel] = {}
 
@@ -53,7 +55,7 @@ class OrderedMean(ModelAggregator):
 class OrderedScaffold(Scaffold):
     """SCAFFOLD's controller, with the sites' weights and control variates added up in the order of their names."""
 
-    def aggregate(self, results: list[FLModel], aggregate_fn=None) -> FLModel:
+    def aggregate(self, results: list[FLModel], aggregate_fn: Any = None) -> FLModel:
         def ordered(results: list[FLModel]) -> FLModel:
             mean = aggregate_fn(results)
             mean.metrics = _metrics_of(results)
@@ -66,7 +68,7 @@ def _metrics_of(results: list[FLModel]) -> dict[str, float]:
     return mean_metrics([(result.metrics, result.meta.get(VAL_IMAGES, 0)) for result in results])
 
 
-def mean_metrics(sites: list[tuple[dict | None, int]]) -> dict[str, float]:
+def mean_metrics(sites: list[tuple[dict[str, Any] | None, int]]) -> dict[str, float]:
     """The mean of the sites' metrics of the model that they were given, as if their validation images were one set.
 
     Args:
@@ -75,7 +77,7 @@ def mean_metrics(sites: list[tuple[dict | None, int]]) -> dict[str, float]:
     Returns:
         Those metrics that all sites with validation images have; empty if no site has any.
     """
-    sites = [(metrics or {}, images) for metrics, images in sites if images]
-    total = sum(images for _, images in sites)
-    common = set.intersection(*(set(metrics) for metrics, _ in sites)) if sites else set()
-    return {name: sum(metrics[name] * images for metrics, images in sites) / total for name in sorted(common)}
+    heard = [(metrics or {}, images) for metrics, images in sites if images]
+    total = sum(images for _, images in heard)
+    common = set.intersection(*(set(metrics) for metrics, _ in heard)) if heard else set()
+    return {name: sum(metrics[name] * images for metrics, images in heard) / total for name in sorted(common)}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -341,7 +342,8 @@ class _Progress:
     def __init__(self, name: str, deadline: float):
         self.total = 0  # bytes; pooch sets it once the server has told
         self._name, self._deadline, self._started = name, deadline, time.monotonic()
-        self._done, self._next_line, self._bar = 0, 10.0, None
+        self._done, self._next_line = 0, 10.0
+        self._bar: Any = None  # tqdm's, once the total is known
 
     def update(self, n_bytes: int) -> None:
         from tqdm import tqdm
@@ -449,7 +451,8 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
             image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR, reducing_gap=2.0)

@@ -1,13 +1,14 @@
 """Judge a run by its outcome: did every site report, and is there a new global model?"""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import model as models
 
 
-def find_fault(folder: Path, result: dict, sites: list[str], n_classes: int) -> str | None:
+def find_fault(folder: Path, result: dict[str, Any], sites: list[str], n_classes: int) -> str | None:
     """Say what is wrong with a finished run, or None.
 
     Args:

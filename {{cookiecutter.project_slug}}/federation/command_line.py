@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import settings
 
@@ -49,7 +50,7 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; python {self.prog} --help lists the flags")
 
 
@@ -118,7 +119,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def read_run(name: str) -> dict:
+def read_run(name: str) -> dict[str, Any]:
     """The results.json of a run to go on from, and its `folder`.
 
     Raises:

@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ class NoConfusion(Exception):
     """Why there is no matrix; part of a sentence."""
 
 
-def confusion(run: Path, result: dict, classes: list[str]) -> dict[str, np.ndarray]:
+def confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str, np.ndarray]:
     """Test the final model again, through data.py and model.py as they are now.
 
     Args:
@@ -46,7 +47,7 @@ def confusion(run: Path, result: dict, classes: list[str]) -> dict[str, np.ndarr
             os.environ.pop("FL_DATA_ROOT", None)
 
 
-def _site(run: Path, result: dict, classes: list[str], site: str, n_images: int) -> np.ndarray:
+def _site(run: Path, result: dict[str, Any], classes: list[str], site: str, n_images: int) -> np.ndarray:
     import federation.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split

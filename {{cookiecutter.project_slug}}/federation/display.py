@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -69,10 +70,10 @@ class Progress:
     def __init__(self, logs: dict[str, Path], num_rounds: int, first_round: int = 0):
         self.sites = {name: Site(log) for name, log in logs.items()}
         self.num_rounds, self.first_round = num_rounds, first_round
-        self.rounds: list[dict] = []
+        self.rounds: list[dict[str, Any]] = []
         self.ends: list[float] = []  # when the sites began to work, then when each round ended
 
-    def update(self, rounds: list[dict], now: float) -> list[str]:
+    def update(self, rounds: list[dict[str, Any]], now: float) -> list[str]:
         """Look again.
 
         Args:
@@ -157,7 +158,7 @@ class Progress:
 @contextlib.contextmanager
 def follow(
     logs: dict[str, Path], num_rounds: int, verbose: bool, first_round: int = 0
-) -> Iterator[Callable[[str, list[dict]], None]]:
+) -> Iterator[Callable[[str, list[dict[str, Any]]], None]]:
     """Show a run while it lasts. What is yielded is to be called a few times a second.
 
     Its arguments are what NVFlare's log has got since, and the records of all rounds so far.
@@ -167,7 +168,7 @@ def follow(
         yield lambda log, rounds: print(log, end="", flush=True)
     elif not sys.stdout.isatty():
 
-        def show_lines(log: str, rounds: list[dict]) -> None:
+        def show_lines(log: str, rounds: list[dict[str, Any]]) -> None:
             for line in progress.update(rounds, time.monotonic()):
                 print(line, flush=True)
 
@@ -176,7 +177,7 @@ def follow(
         # No thread and nothing redirected: the simulator is forked from this process.
         live = Live(console=Console(), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
 
-        def show_live(log: str, rounds: list[dict]) -> None:
+        def show_live(log: str, rounds: list[dict[str, Any]]) -> None:
             now = time.monotonic()
             for line in progress.update(rounds, now):
                 live.console.print(line, highlight=False)

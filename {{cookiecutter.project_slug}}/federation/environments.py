@@ -1,5 +1,6 @@
 """Where a federation runs: NVFlare's simulator, on this machine. Start it, follow it, stop it, bring home."""
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -40,7 +42,9 @@ def threads_per_client(n_simultaneous: int) -> int:
     return max(1, cores // n_simultaneous)
 
 
-def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], None]) -> None:
+def simulate(
+    job: Path, run: Path, options: argparse.Namespace, follow: Callable[[str, list[dict[str, Any]]], None]
+) -> None:
     """Run an exported job in NVFlare's simulator, with its output in `run/log.txt`.
 
     Args:
@@ -66,7 +70,7 @@ def simulate(job: Path, run: Path, options, follow: Callable[[str, list[dict]], 
         print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each starts anew for each of its tasks")
     # The clients inherit it. The same bits need the same number, so that a user may set it.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_client(at_once)))
-    context = multiprocessing.get_context("fork" if FORKS else "spawn")
+    context: Any = multiprocessing.get_context("fork" if FORKS else "spawn")
     simulator = context.Process(
         target=_run_simulator, args=(str(job), str(workspace), str(log), options.n_clients, at_once, gpus, forked)
     )
@@ -175,7 +179,7 @@ def root_cause(workspace: Path) -> str:
     return min(errors)[2] if errors else ""  # the server only fails after its sites
 
 
-def read_rounds(workspace: Path) -> list[dict]:
+def read_rounds(workspace: Path) -> list[dict[str, Any]]:
     """The records that NVFlare has written so far, one a finished round."""
     path = workspace / SERVER / "metrics" / "round_metrics.jsonl"
     if not path.exists():

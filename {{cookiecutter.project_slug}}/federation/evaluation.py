@@ -7,8 +7,10 @@ is known before the end, and it is tested only where the last one turns out to v
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model import ModelLearnableKey
@@ -32,12 +34,12 @@ class FinalEvaluation(ModelController):
     `accuracy`, and for each site the metrics that client.py sends.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.n_aggregations = 0
         self.best_round, self.best_accuracy = 0, float("-inf")
 
-    def handle_event(self, event_type: str, fl_ctx) -> None:
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
         if event_type != AppEventType.AFTER_AGGREGATION:
             return
@@ -61,7 +63,7 @@ class FinalEvaluation(ModelController):
             report["best"] = self.evaluate(torch.load(folder / BEST, weights_only=True), self.best_round)
         (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
 
-    def evaluate(self, model: dict[str, torch.Tensor], n_aggregations: int) -> dict:
+    def evaluate(self, model: dict[str, torch.Tensor], n_aggregations: int) -> dict[str, Any]:
         """Let all sites validate and test a model."""
         weights = {name: weight.numpy() for name, weight in model.items()}
         data = FLModel(params_type=ParamsType.FULL, params=weights)
@@ -71,10 +73,10 @@ class FinalEvaluation(ModelController):
         return {"round": n_aggregations, "accuracy": accuracy, "sites": sites}
 
 
-def _global_model(fl_ctx) -> dict[str, torch.Tensor]:
+def _global_model(fl_ctx: FLContext) -> dict[str, torch.Tensor]:
     weights = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
     return {name: torch.as_tensor(weight) for name, weight in weights.items()}
 
 
-def _folder(fl_ctx) -> Path:
+def _folder(fl_ctx: FLContext) -> Path:
     return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from federation.environments import SERVER, RunFailed, read_rounds
 from federation.evaluation import BEST, FINAL, REPORT
 
 
-def bring_home(run: Path, num_rounds: int, patience: int | None = None, tolerant: bool = False) -> dict:
+def bring_home(run: Path, num_rounds: int, patience: int | None = None, tolerant: bool = False) -> dict[str, Any]:
     """Gather what the server wrote: the metrics of every round, the final model and the best one.
 
     Args:
@@ -80,7 +81,7 @@ def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _validation(number: int, metrics: dict[str, dict], images: dict[str, int]) -> dict:
+def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[str, int]) -> dict[str, Any]:
     """What the model after `number` rounds is worth on the sites' validation images, of which each has so many."""
     accuracies, losses = (
         {site: metrics.get(site, {}).get(name) for site in images} for name in ("val_acc", "val_loss")
@@ -94,7 +95,7 @@ def _validation(number: int, metrics: dict[str, dict], images: dict[str, int]) -
     }
 
 
-def _test(reports: dict[str, dict]) -> dict:
+def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The test of one model: `accuracy` and `loss` over all sites' test images, `sites`, and the `worst` of them."""
     tests = {
         site: {"accuracy": report.get("test_acc"), "loss": report.get("test_loss"), "images": report["test_images"]}
@@ -110,7 +111,7 @@ def _test(reports: dict[str, dict]) -> dict:
     }
 
 
-def _without_gain(rounds: list[dict]) -> int:
+def _without_gain(rounds: list[dict[str, Any]]) -> int:
     """How many rounds there have been since the one with the best validation accuracy."""
     accuracies = [m["value"] for record in rounds for m in record["aggregated_metrics"] if m["name"] == "val_acc"]
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0

@@ -6,6 +6,7 @@ such metrics (LPIPS, mean average precision, ...) needs them: then remove the im
 and job.py.
 """
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from unittest.mock import patch
 
@@ -14,13 +15,13 @@ from lightning_utilities.core import imports
 UNUSED = ("torchvision", "scipy")
 
 
-def _version(name: str, real=imports._version) -> str:
+def _version(name: str, real: Callable[[str], str] = imports._version) -> str:
     if name in UNUSED:
         raise PackageNotFoundError(name)
     return real(name)
 
 
-def _package_available(name: str, real=imports.package_available) -> bool:
+def _package_available(name: str, real: Callable[[str], bool] = imports.package_available) -> bool:
     return name not in UNUSED and real(name)
 
 

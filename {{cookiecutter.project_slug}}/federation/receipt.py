@@ -6,13 +6,16 @@ Only names, types and sizes are kept, never a value.
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE
 from nvflare.apis.dxo import DataKind
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.abstract.fl_model import MetaKey
 from nvflare.app_common.app_constant import AppConstants
@@ -33,12 +36,12 @@ class Receipt(FLComponent):
     such as the return code.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.lock = threading.Lock()
         self.curves: set[tuple[str, str]] = set()
 
-    def handle_event(self, event_type: str, fl_ctx) -> None:
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.BEFORE_TASK_RESULT_FILTER:
             message = fl_ctx.get_prop(FLContextKey.TASK_RESULT)
             record = describe(message)
@@ -54,14 +57,14 @@ class Receipt(FLComponent):
                 record = {**describe(message), "round": None, "metrics": [name]}
                 self._write({"site": site, "task": "tracking", **record}, fl_ctx)
 
-    def _write(self, record: dict, fl_ctx) -> None:
+    def _write(self, record: dict[str, Any], fl_ctx: FLContext) -> None:
         engine = fl_ctx.get_engine()
         folder = Path(engine.get_workspace().get_run_dir(fl_ctx.get_job_id()))
         with self.lock, (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def describe(message: Shareable) -> dict:
+def describe(message: Shareable) -> dict[str, Any]:
     """List what is in a message: `round`, `tensors`, `metrics`, `meta`, `headers`, as `Receipt` says."""
     content = message.get(DXO) or {}
     measures = (DXO, "data") if content.get("kind") == DataKind.METRICS else (DXO, "meta", MetaKey.INITIAL_METRICS)
@@ -83,7 +86,7 @@ def describe(message: Shareable) -> dict:
     return {"round": number, "tensors": tensors, "metrics": metrics, "meta": meta, "headers": headers}
 
 
-def _leaves(value, path: tuple):
+def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, (*path, key))
@@ -94,7 +97,7 @@ def _leaves(value, path: tuple):
         yield path, value
 
 
-def _type(value) -> str:
+def _type(value: Any) -> str:
     """`int`, `float`, ...; text and bytes with their length."""
     kind = type(value).__name__
     return f"{kind}, length {len(value)}" if isinstance(value, str | bytes | bytearray) else kind

@@ -1,12 +1,15 @@
 """From the command line's options to an NVFlare recipe: what the server and the sites will do."""
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
 from nvflare.app_opt.pt.recipes.fedprox import FedProxRecipe
 from nvflare.app_opt.pt.recipes.scaffold import ScaffoldRecipe
+from nvflare.recipe.spec import Recipe
 
 import model as models
 from federation.aggregator import OrderedMean, OrderedScaffold
@@ -31,7 +34,7 @@ CLIENT_OPTIONS = (
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
 
 
-def build(options, classes: list[str], run: Path):
+def build(options: argparse.Namespace, classes: list[str], run: Path) -> Recipe:
     """The recipe of `options.algorithm`: all sites take part in each round, weighted by their training images.
 
     Args:
@@ -71,18 +74,18 @@ def build(options, classes: list[str], run: Path):
     return recipe
 
 
-def fedavg(options, **shared) -> FedAvgRecipe:
+def fedavg(options: argparse.Namespace, **shared: Any) -> FedAvgRecipe:
     """McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"."""
     return FedAvgRecipe(aggregator=OrderedMean(), **_early_stopping(options), **shared)
 
 
-def fedprox(options, **shared) -> FedProxRecipe:
+def fedprox(options: argparse.Namespace, **shared: Any) -> FedProxRecipe:
     """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu weighs the pull to the global model."""
     own = {"aggregator": OrderedMean(), "fedprox_mu": options.fedprox_mu}
     return FedProxRecipe(**own, **_early_stopping(options), **shared)
 
 
-def scaffold(options, **shared) -> ScaffoldRecipe:
+def scaffold(options: argparse.Namespace, **shared: Any) -> ScaffoldRecipe:
     """Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", option II."""
     recipe = ScaffoldRecipe(**shared)
     own = OrderedScaffold(num_clients=options.n_clients, num_rounds=options.num_rounds)
@@ -90,7 +93,7 @@ def scaffold(options, **shared) -> ScaffoldRecipe:
     return recipe
 
 
-def fedopt(options, **shared) -> FedOptRecipe:
+def fedopt(options: argparse.Namespace, **shared: Any) -> FedOptRecipe:
     """Reddi et al. 2021, "Adaptive Federated Optimization": the server takes the sites' mean change for a gradient.
 
     Its optimizer is SGD with momentum, which makes it the paper's FedAvgM.
@@ -107,18 +110,18 @@ def fedopt(options, **shared) -> FedOptRecipe:
 ALGORITHMS = {"fedavg": fedavg, "fedprox": fedprox, "scaffold": scaffold, "fedopt": fedopt}
 
 
-def _early_stopping(options) -> dict:
+def _early_stopping(options: argparse.Namespace) -> dict[str, Any]:
     # NVFlare heeds `patience` only beside a condition: this one never holds.
     stop = {"stop_cond": f"{METRIC} > inf", "patience": options.patience} if options.patience else {}
     return {"key_metric": METRIC, **stop}
 
 
-def _server(recipe):
+def _server(recipe: Recipe) -> Any:
     """What the recipe has built for the server. NVFlare has no public door to it; its own recipe.utils go this way."""
     return recipe._job._deploy_map["server"].app_config
 
 
-def client_arguments(options) -> str:
+def client_arguments(options: argparse.Namespace) -> str:
     """client.py's command line. NVFlare splits it at white space, so no value may contain any."""
     arguments = [f"--{name} {getattr(options, name)}" for name in CLIENT_OPTIONS]
     arguments.append(f"--num_rounds {options.first_round + options.num_rounds}")  # with those of a run that goes on

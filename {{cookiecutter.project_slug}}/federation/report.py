@@ -9,6 +9,7 @@ import string
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -134,7 +135,7 @@ def _write(file: Path, project: str, subtitle: str, body: list[str]) -> Path:
 # The sections
 
 
-def _facts(result: dict) -> str:
+def _facts(result: dict[str, Any]) -> str:
     test = result["test"]
     facts = {"final test accuracy": _share(test["accuracy"])}
     if len(test["sites"]) > 1 and test["worst"]:
@@ -145,7 +146,7 @@ def _facts(result: dict) -> str:
     return f'<dl class="facts">{"".join(items)}</dl>'
 
 
-def _learning(result: dict) -> list[str]:
+def _learning(result: dict[str, Any]) -> list[str]:
     sites = list(result["test"]["sites"])
     plots = []
     for key, own, label in (("accuracy", "sites", "accuracy"), ("loss", "losses", "loss")):
@@ -174,7 +175,7 @@ def _learning(result: dict) -> list[str]:
     ]
 
 
-def _holdings(partition: dict) -> list[str]:
+def _holdings(partition: dict[str, Any]) -> list[str]:
     counts, classes = partition["counts"], partition["classes"]
     matrix = np.array([[held[name] for name in classes] for held in counts.values()])
     plot = _heat_map(
@@ -187,14 +188,14 @@ def _holdings(partition: dict) -> list[str]:
     ]
 
 
-def _confusion(run: Path, result: dict, classes: list[str]) -> list[str]:
+def _confusion(run: Path, result: dict[str, Any], classes: list[str]) -> list[str]:
     try:
         matrices = confusion(run, result, classes)
     except NoConfusion as reason:
         return [_note(f"No matrix: the test images or the model cannot be used on this machine ({reason}).")]
     if not matrices:
         return [_note("No matrix: no site has test images.")]
-    shown = {"all sites": sum(matrices.values())}
+    shown = {"all sites": np.sum(list(matrices.values()), axis=0)}
     worst = result["test"]["worst"]
     if worst in matrices and len(matrices) > 1:
         shown[f"the worst site, {worst}"] = matrices[worst]
@@ -217,7 +218,7 @@ def _confusion(run: Path, result: dict, classes: list[str]) -> list[str]:
     ]
 
 
-def _time(run: Path, result: dict) -> list[str]:
+def _time(run: Path, result: dict[str, Any]) -> list[str]:
     found = timing.phases(run / "workspace")
     sums = timing.totals(found) or result["timing"]
     if not sums:
@@ -233,13 +234,15 @@ def _time(run: Path, result: dict) -> list[str]:
     return parts
 
 
-def _receipt(run: Path, result: dict) -> list[str]:
+def _receipt(run: Path, result: dict[str, Any]) -> list[str]:
     path = run / "receipt.jsonl"
     if not path.exists():
         return [_note("None: this run's server kept no receipt.")]
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     records.sort(key=lambda r: (r["round"] is None, r["round"] or 0, r["task"], len(r["site"]), r["site"]))
-    tensor_lists, entry_lists = {}, {}  # what is the same in many answers is listed once, under a letter or a number
+    # What is the same in many answers is listed once, under a letter or a number.
+    tensor_lists: dict[str, str] = {}
+    entry_lists: dict[str, str] = {}
     rows = []
     for record in records:
         tensors, own = json.dumps(record["tensors"]), json.dumps(record["headers"])
@@ -269,15 +272,17 @@ def _receipt(run: Path, result: dict) -> list[str]:
     ]
     for tensors, letter in tensor_lists.items():
         named = ["tensor", "shape", "type", "bytes"]
-        own = [[t["name"], _shape(t["shape"]), t["dtype"], t["bytes"]] for t in json.loads(tensors)]
-        parts.append(_details(f"List {letter}: {len(own)} tensors", _table(named, own)))
+        lines = [[t["name"], _shape(t["shape"]), t["dtype"], t["bytes"]] for t in json.loads(tensors)]
+        parts.append(_details(f"List {letter}: {len(lines)} tensors", _table(named, lines)))
     for entries, number in entry_lists.items():
-        own = list(map(list, json.loads(entries).items()))
-        parts.append(_details(f"List {number}: {len(own)} of NVFlare's own entries", _table(["entry", "type"], own)))
+        lines = list(map(list, json.loads(entries).items()))
+        parts.append(
+            _details(f"List {number}: {len(lines)} of NVFlare's own entries", _table(["entry", "type"], lines))
+        )
     return parts
 
 
-def _foreign(run: Path, result: dict, records: list[dict]) -> str:
+def _foreign(run: Path, result: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """Say whether all tensors that came look like the model's weights."""
     import torch
 
@@ -289,7 +294,7 @@ def _foreign(run: Path, result: dict, records: list[dict]) -> str:
     return "<p>Every tensor has the name and the shape of a weight of the final model.</p>"
 
 
-def _configuration(run: Path, result: dict) -> list[str]:
+def _configuration(run: Path, result: dict[str, Any]) -> list[str]:
     hidden = {"rounds", "test", "timing", "versions", "data_root"}
     rows = [[name, str(value)] for name, value in result.items() if name not in hidden and not isinstance(value, dict)]
     rows[0][0] = "version of results.json"
@@ -310,7 +315,7 @@ def _configuration(run: Path, result: dict) -> list[str]:
 # The plots
 
 
-def _series(result: dict, key: str) -> list[float | None]:
+def _series(result: dict[str, Any], key: str) -> list[float | None]:
     return [entry[key] for entry in result["rounds"]]
 
 
@@ -426,7 +431,7 @@ def _details(title: str, content: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{content}</details>"
 
 
-def _table(header: list[str], rows: list[list], marked: list[bool] | None = None) -> str:
+def _table(header: list[str], rows: list[list[Any]], marked: list[bool] | None = None) -> str:
     columns = list(zip(*rows, strict=True)) or [()] * len(header)
     align = [' class="number"' if rows and all(map(_is_number, column)) else "" for column in columns]
     head = "".join(f"<th{side}>{html.escape(name)}</th>" for name, side in zip(header, align, strict=True))
@@ -439,7 +444,7 @@ def _table(header: list[str], rows: list[list], marked: list[bool] | None = None
     return f'<div class="wide tall"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int) or re.fullmatch(r"-|\d+(\.\d+)?", str(value)) is not None
 
 
@@ -465,7 +470,7 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _dealt(result: dict) -> str:
+def _dealt(result: dict[str, Any]) -> str:
     return {
         "dirichlet": f"dirichlet, alpha {result['alpha']}",
         "shards": f"shards, {result['shards_per_site']} a site",

@@ -1,11 +1,13 @@
 """Go on from a finished run's last global model: `--resume RUN`. command_line.py takes over its settings."""
 
+import argparse
 import dataclasses
 import json
 
 import torch
 
 import model as models
+from data import Holdings
 from federation.command_line import UsageError
 
 LOST = {  # what a run that goes on begins without
@@ -16,7 +18,7 @@ LOST = {  # what a run that goes on begins without
 }
 
 
-def check(options, holdings) -> None:
+def check(options: argparse.Namespace, holdings: Holdings) -> None:
     """See that the sites hold the same images as before, and that the model of before still fits.
 
     Args:
@@ -41,6 +43,6 @@ def check(options, holdings) -> None:
         ) from None
 
 
-def note(options) -> str:
+def note(options: argparse.Namespace) -> str:
     """What to tell the user."""
     return f"goes on from runs/{options.resume} after round {options.first_round}; {LOST[options.algorithm]}"

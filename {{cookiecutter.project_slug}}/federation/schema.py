@@ -34,6 +34,7 @@ import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 VERSION = 1
 
@@ -53,7 +54,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read(run: Path) -> dict:
+def read(run: Path) -> dict[str, Any]:
     """Read a run's results.json, whichever version of the program wrote it. What an older one lacks is null or empty.
 
     Raises:
@@ -73,7 +74,7 @@ def read(run: Path) -> dict:
     return {**usual, **missing, **result}
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """Read one of a run's files.
 
     Raises:

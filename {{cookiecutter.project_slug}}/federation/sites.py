@@ -4,6 +4,7 @@ Both hand the job that the simulator would run to a server, through NVFlare's FL
 server wrote home to where the simulator would have left it: `workspace/server/simulate_job` in the run's folder.
 """
 
+import argparse
 import contextlib
 import json
 import logging
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 import yaml
@@ -40,10 +42,10 @@ LOGIN_S = 5.0  # for one attempt to reach the server
 POLL_S = 1.0
 COMPLETED = "FINISHED:COMPLETED"
 LOST = (api_spec.NoConnection, api_spec.NoReply, api_spec.SessionClosed, api_spec.SessionExpired)
-Follow = Callable[[str, list[dict]], None]
+Follow = Callable[[str, list[dict[str, Any]]], None]
 
 
-def rehearse(job: Path, run: Path, options, follow: Follow) -> None:
+def rehearse(job: Path, run: Path, options: argparse.Namespace, follow: Follow) -> None:
     """Run an exported job in an NVFlare POC of its own: a server and sites as processes of this machine.
 
     They have keys and certificates of their own, talk over mutual TLS, and meet at a free port, so that another POC
@@ -90,7 +92,7 @@ def rehearse(job: Path, run: Path, options, follow: Follow) -> None:
         end_family(run.resolve() / "federation")
 
 
-def submit(job: Path, run: Path, options, follow: Follow) -> None:
+def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) -> None:
     """Run an exported job on a federation that is running elsewhere.
 
     Args:
@@ -108,13 +110,13 @@ def submit(job: Path, run: Path, options, follow: Follow) -> None:
     running = None
     try:
         server.await_sites(options.sites)
-        running = server.submit(job)
+        job_id = running = server.submit(job)
         print(f"the server has the job, {running}; Ctrl-C stops it", flush=True)
         seen, told = 0, False
 
         def look() -> None:
             nonlocal seen, told
-            text = server.log(running)
+            text = server.log(job_id)
             if text is None:
                 if not told:
                     print(f"{options.username} may not see the server's log: the rounds show at the end", flush=True)
@@ -125,7 +127,7 @@ def submit(job: Path, run: Path, options, follow: Follow) -> None:
             follow(text[seen:], _rounds_in(text))
             seen = len(text)
 
-        job_id, status = running, server.watch(running, look)
+        status = server.watch(job_id, look)
         running = None
         server.bring_home(job_id, target)
         shutil.copy(target / "log.txt", log)
@@ -174,7 +176,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start(kit: Path, stream, options, number: int | None = None) -> subprocess.Popen:
+def _start(
+    kit: Path, stream: IO[str], options: argparse.Namespace, number: int | None = None
+) -> subprocess.Popen[bytes]:
     """Start the server, or site `number`, with the script of its start-up kit."""
     environment = {
         **os.environ,
@@ -224,7 +228,7 @@ class Server:
 
     def __init__(self, kit: Path, username: str, patience: float, check: Callable[[], None] = lambda: None):
         self.kit, self.username, self.patience, self.check = kit, username, patience, check
-        self.session: Session | None = None
+        self.session: Session = None  # until it has logged in
         deadline = time.monotonic() + patience
         while not self._log_in():
             check()
@@ -244,7 +248,7 @@ class Server:
         except (api_spec.AuthenticationError, api_spec.AuthorizationError) as error:
             raise RunFailed(f"the server refuses {self.username}: {error}") from None
 
-    def ask(self, command: str, *arguments):
+    def ask(self, command: str, *arguments: str) -> Any:
         """Call a method of the session; where the server does not answer, wait for it and call again."""
         deadline, told = time.monotonic() + self.patience, False
         while True:
@@ -334,6 +338,6 @@ def _failed_sites(log: Path) -> str:
     )
 
 
-def _rounds_in(log: str) -> list[dict]:
+def _rounds_in(log: str) -> list[dict[str, Any]]:
     """What a server's log tells of its rounds: the same records as NVFlare's, but without metrics."""
     return [{"round": int(number), "aggregated_metrics": []} for number in re.findall(r"Round (\d+) started", log)[:-1]]

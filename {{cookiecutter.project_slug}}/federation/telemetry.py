@@ -1,9 +1,10 @@
 """What a site tells while it works: how fast it trains, and its metrics where an experiment tracker was chosen."""
 
 import time
+from typing import Any
 
 from nvflare.client.tracking import SummaryWriter
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule
 
 FIRST_LINE_S, LINE_EVERY_S = 1.0, 2.0  # seconds of training
 
@@ -26,12 +27,15 @@ class Telemetry(Callback):
         self.writer = None if tracker == "none" else SummaryWriter()
         self.total = 0  # training steps in a round
 
-    def on_train_start(self, trainer, module) -> None:
+    # A trainer is `Any`: Lightning declares neither its datamodule nor its log_every_n_steps.
+    def on_train_start(self, trainer: Any, module: LightningModule) -> None:
         self.done, self.total = 0, trainer.num_training_batches * (trainer.max_epochs - trainer.current_epoch)
         self.start = time.monotonic()
         self.next_line = self.start + FIRST_LINE_S
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.done += 1
         if time.monotonic() >= self.next_line:
             self._print_speed()
@@ -39,13 +43,13 @@ class Telemetry(Callback):
             # Counted from the round: a site's process may have been started anew.
             self._send(trainer, "train", trainer.datamodule.round * self.total + self.done)
 
-    def on_train_end(self, trainer, module) -> None:
+    def on_train_end(self, trainer: Any, module: LightningModule) -> None:
         self._print_speed()
 
-    def on_validation_end(self, trainer, module) -> None:
+    def on_validation_end(self, trainer: Any, module: LightningModule) -> None:
         self._send(trainer, "val", trainer.datamodule.round)
 
-    def on_test_end(self, trainer, module) -> None:
+    def on_test_end(self, trainer: Any, module: LightningModule) -> None:
         self._send(trainer, "test", trainer.datamodule.round + 1)
 
     def _print_speed(self) -> None:
@@ -53,7 +57,7 @@ class Telemetry(Callback):
         print(f"step {self.done} of {self.total}, {self.done / (now - self.start):.1f} steps/s")
         self.next_line = now + LINE_EVERY_S
 
-    def _send(self, trainer, stage: str, step: int) -> None:
+    def _send(self, trainer: Any, stage: str, step: int) -> None:
         if not self.writer:
             return
         metrics = {

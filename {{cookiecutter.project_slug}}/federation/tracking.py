@@ -8,13 +8,14 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 TENSORBOARD = "tensorboard"  # folder of event files within the run's
 MLFLOW_STORE = f"sqlite:///{PROJECT}/runs/mlflow.db"  # one for all runs
 
 
-def add_tracking(recipe, tracker: str, run: Path) -> None:
+def add_tracking(recipe: Any, tracker: str, run: Path) -> None:
     """Let the server receive what the sites send.
 
     Args:
@@ -48,7 +49,7 @@ def gather(tracker: str, run: Path) -> None:
         shutil.move(events, run / TENSORBOARD)
 
 
-def add_global_curves(tracker: str, run: Path, result: dict) -> None:
+def add_global_curves(tracker: str, run: Path, result: dict[str, Any]) -> None:
     """Write the global model's curves beside the sites': its `val/...` by round and its final `test/...`.
 
     Args:
@@ -60,7 +61,7 @@ def add_global_curves(tracker: str, run: Path, result: dict) -> None:
         {"tensorboard": _to_tensorboard, "mlflow": _to_mlflow, "wandb": _to_wandb}[tracker](run, _curves(result))
 
 
-def _curves(result: dict) -> list[tuple[int, dict[str, float]]]:
+def _curves(result: dict[str, Any]) -> list[tuple[int, dict[str, float]]]:
     """(rounds done, tag -> value)"""
     points = []
     for entry in result["rounds"]:
@@ -71,7 +72,7 @@ def _curves(result: dict) -> list[tuple[int, dict[str, float]]]:
     return points
 
 
-def _to_tensorboard(run: Path, points: list) -> None:
+def _to_tensorboard(run: Path, points: list[tuple[int, dict[str, float]]]) -> None:
     from nvflare.app_opt.tracking.tb.tb_event_writer import TensorBoardEventWriter
 
     writer = TensorBoardEventWriter(str(run / TENSORBOARD / "global"))
@@ -81,7 +82,7 @@ def _to_tensorboard(run: Path, points: list) -> None:
     writer.close()
 
 
-def _to_mlflow(run: Path, points: list) -> None:
+def _to_mlflow(run: Path, points: list[tuple[int, dict[str, float]]]) -> None:
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # the screen is job.py's
@@ -91,7 +92,7 @@ def _to_mlflow(run: Path, points: list) -> None:
             mlflow.log_metrics(values, step=step)
 
 
-def _to_wandb(run: Path, points: list) -> None:
+def _to_wandb(run: Path, points: list[tuple[int, dict[str, float]]]) -> None:
     import wandb
 
     settings = wandb.Settings(silent=True)

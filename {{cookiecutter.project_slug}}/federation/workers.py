@@ -16,7 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -27,14 +30,14 @@ FORK = multiprocessing.get_context("fork")
 
 
 @contextlib.contextmanager
-def forked_clients():
+def forked_clients() -> Iterator[None]:
     """Have the simulator that this process is going to run fork its clients. Linux only; without CUDA."""
     orders, nursery = FORK.Pipe()
     FORK.Process(target=_nursery, args=(nursery, orders)).start()
     nursery.close()
     one_at_a_time = threading.Lock()  # the simulator has a thread for each client
 
-    def fork(command: list[str], env: dict[str, str], **_) -> _Client:
+    def fork(command: list[str], env: dict[str, str], **_: Any) -> _Client:
         with one_at_a_time:
             orders.send((command, env))
             return _Client(orders.recv())
@@ -78,7 +81,7 @@ class _Client:
             raise ProcessLookupError from None
 
 
-def _nursery(nursery, orders) -> None:
+def _nursery(nursery: Connection, orders: Connection) -> None:
     """Fork a client for each order and answer with its process id, until the simulator is gone."""
     orders.close()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a client that has ended leaves no zombie
@@ -93,7 +96,7 @@ def _nursery(nursery, orders) -> None:
         nursery.send(client.pid)
 
 
-def _become_client(nursery, command: list[str], environment: dict[str, str]) -> None:
+def _become_client(nursery: Connection, command: list[str], environment: dict[str, str]) -> None:
     """Do what `python -m nvflare...simulator_worker ARGUMENT ...`, the command, does."""
     nursery.close()
     os.setsid()
