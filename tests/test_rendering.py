@@ -46,6 +46,7 @@ FILES = """
     federation/sites.py
     federation/telemetry.py
     federation/timing.py
+    federation/watch.py
     federation/tracking.py
     federation/workers.py
     install.py
