@@ -48,6 +48,7 @@ FILES = """
     federation/telemetry.py
     federation/timing.py
     federation/tracking.py
+    federation/watch.py
     federation/workers.py
     install.py
     job.py

@@ -16,6 +16,7 @@ from federation.aggregator import OrderedMean, OrderedScaffold
 from federation.evaluation import METRIC, FinalEvaluation
 from federation.fedopt import StartFromCheckpoint
 from federation.receipt import Receipt
+from federation.watch import PATIENCE, Watch
 
 CLIENT_OPTIONS = (
     "model_class",
@@ -71,6 +72,9 @@ def build(options: argparse.Namespace, classes: list[str], run: Path) -> Recipe:
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
     recipe._job.to_server(FinalEvaluation(), id="final_evaluation")  # no public method does it
     recipe._job.to_server(Receipt(), id="receipt")
+    if options.env != "sim":  # there, clients that take turns have no process in between; environments.py sees to it
+        recipe.add_server_config(PATIENCE)
+        recipe._job.to_server(Watch(), id="watch")
     return recipe
 
 

@@ -34,6 +34,7 @@ from federation.environments import (
     root_cause,
     threads_per_client,
 )
+from federation.evaluation import REPORT
 
 PROVISION = PROJECT / "deploy" / "project.yml"
 POC_ADMIN = "admin@nvidia.com"  # the name that NVFlare's POC gives to whoever submits
@@ -86,6 +87,7 @@ def rehearse(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
         if status != COMPLETED:
             raise RunFailed(root_cause(workspace) or f"NVFlare ended the job with {status}")
         server.bring_home(job_id, workspace / SERVER)
+        shutil.copy(workspace / SERVER / "log.txt", workspace / "server")  # where the simulator writes it
     finally:
         if server:
             server.close()
@@ -124,6 +126,10 @@ def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) ->
                 return
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(text[seen:])
+            for site in re.findall(r"Client (\S+) is deemed disconnected", text[seen:]):
+                print(f"{site} is lost: it does not answer; the job goes on while more than half are left", flush=True)
+            for site in re.findall(r"Client (\S+) is reconnected", text[seen:]):
+                print(f"{site} is back", flush=True)
             follow(text[seen:], _rounds_in(text))
             seen = len(text)
 
@@ -131,7 +137,8 @@ def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) ->
         running = None
         server.bring_home(job_id, target)
         shutil.copy(target / "log.txt", log)
-        if status != COMPLETED:
+        # Where a site was lost on the way, NVFlare calls the job failed, even if the server has done all of it.
+        if status != COMPLETED and not (target / REPORT).exists():
             raise RunFailed(_failed_sites(target / "log.txt") or f"NVFlare ended the job with {status}")
     finally:
         if running:
@@ -229,6 +236,7 @@ class Server:
     def __init__(self, kit: Path, username: str, patience: float, check: Callable[[], None] = lambda: None):
         self.kit, self.username, self.patience, self.check = kit, username, patience, check
         self.session: Session = None  # until it has logged in
+        self.was_away = False
         deadline = time.monotonic() + patience
         while not self._log_in():
             check()
@@ -260,7 +268,7 @@ class Server:
                     raise RunFailed(f"the server is lost: no answer for {self.patience:.0f} s ({error})") from None
                 if not told:
                     print(f"the server does not answer; waiting up to {self.patience:.0f} s", flush=True)
-                    told = True
+                    told = self.was_away = True
                 time.sleep(POLL_S)
                 self.close()
                 self._log_in()
@@ -289,10 +297,18 @@ class Server:
             raise RunFailed(f"{self.username} has no right to submit a job with code of its own") from None
 
     def watch(self, job_id: str, look: Callable[[], None]) -> str:
-        """Call `look` about once a second until the job has ended, and return its status."""
+        """Call `look` about once a second until the job has ended, and return its status.
+
+        Raises:
+            RunFailed: the server was started anew. NVFlare then keeps the job's status, but runs it no more.
+        """
+        started = self.ask("get_system_info").server_info.start_time
         while True:
             status = self.ask("get_job_meta", job_id)["status"]
             look()
+            if self.was_away and self.ask("get_system_info").server_info.start_time != started:
+                raise RunFailed(f"the server was started anew, which ended the job {job_id}: submit it again")
+            self.was_away = False
             if status.startswith("FINISHED"):
                 return status
             self.check()
