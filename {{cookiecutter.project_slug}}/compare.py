@@ -19,13 +19,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import results
+from federation import schema
 from federation.command_line import Parser, UsageError, model_names
+from federation.figures import as_text, weighted_mean
 
 ROWS = {
     "centralised": "centralised",
@@ -45,7 +45,7 @@ def main() -> int:
     try:
         arguments = parser.parse_args()
         folder, result = find_run(arguments.run)
-        if root := arguments.data_root or result.get("data_root"):
+        if root := arguments.data_root or result["data_root"]:
             os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(root))
         comparison = compare(folder, result)
     except UsageError as error:
@@ -72,9 +72,9 @@ def find_run(name: str) -> tuple[Path, dict[str, Any]]:
     if not folder.is_dir():
         raise UsageError(f"there is no runs/{name}: finish a run with python job.py, or name one that is there")
     try:
-        return folder, json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"runs/{folder.name} has no results.json: it is not finished, or it failed") from None
+        return folder, schema.read(folder)
+    except schema.ResultError as error:
+        raise UsageError(str(error)) from None
 
 
 def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """
     options = argparse.Namespace(
         **{name: result[name] for name in ("dataset", *results.CONFIGURATION)},
-        model_class=result.get("model_class") or "LitNet",
-        max_batches=result.get("max_batches"),
+        model_class=result["model_class"] or "LitNet",  # the one that there was, for an older file
+        max_batches=result["max_batches"],
         gpu=result["device"] != "cpu",
     )
     import federation.quick_start  # noqa: F401 (before Lightning)
@@ -134,10 +134,10 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         "epochs": epochs,
         "seed": options.seed,
         "rows": {
-            "centralised": {"all": mean(central, images), "sites": central},
+            "centralised": {"all": weighted_mean(central, images), "sites": central},
             "federated": {"all": result["test"]["accuracy"], "sites": federated},
-            "alone": {"all": mean(own, images), "sites": own},
-            "alone_on_all": {"all": mean(everywhere, dict.fromkeys(sites, 1)), "sites": everywhere},
+            "alone": {"all": weighted_mean(own, images), "sites": own},
+            "alone_on_all": {"all": weighted_mean(everywhere, dict.fromkeys(sites, 1)), "sites": everywhere},
         },
     }
 
@@ -187,22 +187,15 @@ def test(model: Any, module: Any, options: argparse.Namespace) -> float | None:
     return make_trainer(options, 1).test(model, datamodule=module, verbose=False)[0]["test_acc"]
 
 
-def mean(values: dict[str, float | None], weights: dict[str, int]) -> float | None:
-    """The weighted mean of the values that there are."""
-    there = {site: value for site, value in values.items() if value is not None}
-    total = sum(weights[site] for site in there)
-    return sum(value * weights[site] for site, value in there.items()) / total if total else None
-
-
 def show(comparison: dict[str, Any]) -> None:
     """Print the table of a compare.json, and what it says."""
     rows = comparison["rows"]
     sites = list(rows["federated"]["sites"])[: results.MAX_COLUMNS]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table = results.new_table()
     for name in ("", "all sites", *sites):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True, min_width=max(len(name), 5))
+        results.add_column(table, name, left=not name)
     for key, title in ROWS.items():
-        table.add_row(title, *map(share, [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)]))
+        table.add_row(title, *map(as_text, [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)]))
     print(f"\nTest accuracy ({comparison['model_class']}, epochs: {comparison['epochs']})")
     console.print(table, crop=False)
     if len(sites) < len(rows["federated"]["sites"]):
@@ -220,10 +213,6 @@ def show(comparison: dict[str, Any]) -> None:
         print(f"Against pooling the images: {federated - central:+.3f}")
 
 
-def share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def plot(comparison: dict[str, Any], file: Path) -> None:
     """Draw the table: a group of bars for all sites, and one for each of them."""
     from matplotlib.figure import Figure  # without pyplot, no window is ever opened
@@ -237,7 +226,7 @@ def plot(comparison: dict[str, Any], file: Path) -> None:
         heights = [rows[key]["all"], *(rows[key]["sites"][site] for site in groups[1:])]
         places = [group + (i - (len(ROWS) - 1) / 2) * width for group in range(len(groups))]
         bars = axes.bar(places, [height or 0 for height in heights], width, label=title, color=COLOURS[i])
-        axes.bar_label(bars, map(share, heights), fontsize=7)
+        axes.bar_label(bars, map(as_text, heights), fontsize=7)
     axes.set_xticks(range(len(groups)), ["all sites", *groups[1:]])
     axes.set_ylabel("test accuracy")
     axes.set_ylim(0, 1)

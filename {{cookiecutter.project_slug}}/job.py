@@ -114,7 +114,8 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     try:
         with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
             run_job(folder / recipe.name, folder, options, follow)
-        brought = outcome.bring_home(folder, options.num_rounds, options.patience, tolerant=options.env != "sim")
+        names = options.sites or list(holdings.sites)
+        brought = outcome.bring_home(folder, options.num_rounds, names, options.patience, options.env != "sim")
     except environments.RunFailed as error:
         raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
     finally:
@@ -124,7 +125,7 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
         (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
         results.show_holdings(shared)
     if brought["lost"]:
-        print(f"\nWARNING: lost on the way, and not in the last models: {', '.join(brought['lost'])}")
+        print(f"\nWARNING: without a part in the final model: {', '.join(brought['lost'])}")
     result = {
         "version": schema.VERSION,
         "dataset": options.dataset,

@@ -15,6 +15,7 @@ from rich.table import Table
 
 import settings
 from federation import schema
+from federation.figures import as_text
 
 RUNS = Path(__file__).resolve().parent / "runs"
 CONFIGURATION = (
@@ -28,11 +29,11 @@ def show_holdings(counts: dict[str, dict[str, int]]) -> None:
     """Print who holds what: a row a site, a column a class; `counts` is that of partition.json."""
     widest = max(counts.values(), key=len)
     classes = list(widest)
-    table = _table()
-    _column(table, "site", left=True)
+    table = new_table()
+    add_column(table, "site", left=True)
     for name in classes[:MAX_COLUMNS]:
-        _column(table, name[:6])
-    _column(table, "all")
+        add_column(table, name[:6])
+    add_column(table, "all")
     for site, held in list(counts.items())[:MAX_ROWS]:
         row = (str(held.get(name, "-")) for name in classes[:MAX_COLUMNS])  # a real site may keep it to itself
         table.add_row(site, *row, str(sum(held.values())) if held else "-")
@@ -42,35 +43,35 @@ def show_holdings(counts: dict[str, dict[str, int]]) -> None:
 def show(result: dict[str, Any]) -> None:
     """Print a run's results.json: the global model after each round, and the test of the final one."""
     sites = list(result["test"]["sites"])
-    table = _table()
-    _column(table, "", left=True)
-    _column(table, "all sites")
+    table = new_table()
+    add_column(table, "", left=True)
+    add_column(table, "all sites")
     for site in sites[:MAX_COLUMNS]:
-        _column(table, site)
+        add_column(table, site)
     rounds = result["rounds"]
     for entry in rounds if len(rounds) <= MAX_ROWS else [rounds[0], *rounds[1 - MAX_ROWS :]]:
         row = (entry["sites"][site] for site in sites[:MAX_COLUMNS])
-        table.add_row(_after(entry["round"]), _share(entry["accuracy"]), *map(_share, row))
+        table.add_row(_after(entry["round"]), as_text(entry["accuracy"]), *map(as_text, row))
     table.add_section()
     test, best = result["test"], result["best"]
     tests = {"final test": test, **({f"best test (round {best['round']})": best["test"]} if best else {})}
     for name, its_test in tests.items():
         row = (its_test["sites"][site]["accuracy"] for site in sites[:MAX_COLUMNS])
-        table.add_row(name, _share(its_test["accuracy"]), *map(_share, row))
+        table.add_row(name, as_text(its_test["accuracy"]), *map(as_text, row))
     title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"
     _print(title, table, len(rounds), len(sites), "results.json")
     worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
-    print(f"\nFinal test accuracy {_share(test['accuracy'])}, loss {_share(test['loss'])}{worst}")
+    print(f"\nFinal test accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}")
     if result["stopped_early"]:
         print(f"stopped early: no better validation accuracy with --patience {result['patience']}")
     print(f"{result['wall_s']:.0f} s in all")
 
 
-def _table() -> Table:
+def new_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
 
 
-def _column(table: Table, name: str, left: bool = False) -> None:
+def add_column(table: Table, name: str, left: bool = False) -> None:
     """A column that is never cut, however narrow the screen."""
     table.add_column(name, justify="left" if left else "right", no_wrap=True, min_width=max(len(name), 5))
 
@@ -84,10 +85,6 @@ def _print(title: str, table: Table, n_rows: int, n_columns: int, file: str) -> 
 
 def _after(rounds: int) -> str:
     return f"after round {rounds}" if rounds else "untrained"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -105,10 +102,10 @@ def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     worst = [test["sites"][test["worst"]]["accuracy"] if test["worst"] else None for test in tests]
     return [
         *rows,
-        ["test accuracy", *(_share(test["accuracy"]) for test in tests)],
-        ["test loss", *(_share(test["loss"]) for test in tests)],
+        ["test accuracy", *(as_text(test["accuracy"]) for test in tests)],
+        ["test loss", *(as_text(test["loss"]) for test in tests)],
         ["worst site", *(str(test["worst"] or "-") for test in tests)],
-        ["its accuracy", *map(_share, worst)],
+        ["its accuracy", *map(as_text, worst)],
         ["seconds", *(f"{result['wall_s']:.0f}" for result in results.values())],
         ["model SHA-256", *((result["sha256"] or "-")[:12] for result in results.values())],
     ]
@@ -116,10 +113,10 @@ def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 def show_comparison(results: dict[str, dict[str, Any]]) -> None:
     """Print runs side by side, a column each."""
-    table = _table()
-    _column(table, "", left=True)
+    table = new_table()
+    add_column(table, "", left=True)
     for name in results:
-        _column(table, f" {name}")
+        add_column(table, f" {name}")
     for row in compare(results):
         table.add_row(*map(escape, row))
     print()

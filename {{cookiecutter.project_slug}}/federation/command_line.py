@@ -28,16 +28,9 @@ MINIMUM = {
     "image_size": 16,
 }
 TRACKERS = ("none", "tensorboard", "mlflow", "wandb")
-KEPT = (
-    "dataset",
-    "image_size",
-    "partition",
-    "alpha",
-    "shards_per_site",
-    "n_clients",
-    "seed",
-    "algorithm",
-    "model_class",
+KEPT = (  # by a run that goes on
+    *("dataset", "image_size", "partition", "alpha", "shards_per_site", "n_clients", "seed"),
+    *("algorithm", "model_class"),
 )
 TAKEN = (  # of a run that goes on, unless said otherwise
     *("num_rounds", "local_epochs", "batch_size", "learning_rate", "data_root"),

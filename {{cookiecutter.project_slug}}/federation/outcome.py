@@ -12,14 +12,18 @@ import torch
 from federation import timing
 from federation.environments import SERVER, RunFailed, read_rounds
 from federation.evaluation import BEST, FINAL, REPORT
+from federation.figures import weighted_mean
 
 
-def bring_home(run: Path, num_rounds: int, patience: int | None = None, tolerant: bool = False) -> dict[str, Any]:
+def bring_home(
+    run: Path, num_rounds: int, sites: list[str], patience: int | None = None, tolerant: bool = False
+) -> dict[str, Any]:
     """Gather what the server wrote: the metrics of every round, the final model and the best one.
 
     Args:
         run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it, and the receipt.
         num_rounds: how many there should be.
+        sites: whom the job was sent to.
         patience: with it there may be fewer: the last so many began with no better validation accuracy.
         tolerant: whether sites may have been lost on the way.
 
@@ -40,7 +44,7 @@ def bring_home(run: Path, num_rounds: int, patience: int | None = None, tolerant
     evaluation = json.loads((server / REPORT).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
     reports = dict(sorted(final["sites"].items(), key=_by_number))
-    lost = sorted({site["name"] for record in rounds for site in record["sites"]} - set(reports))
+    lost = sorted(set(sites) - set(reports))
     if lost and not tolerant:
         raise RunFailed(f"{', '.join(lost)} did not evaluate the final model")
 
@@ -88,9 +92,9 @@ def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[st
     )
     return {
         "round": number,
-        "accuracy": _mean(accuracies, images),
+        "accuracy": weighted_mean(accuracies, images),
         "sites": accuracies,
-        "loss": _mean(losses, images),
+        "loss": weighted_mean(losses, images),
         "losses": losses,
     }
 
@@ -104,8 +108,8 @@ def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     tested = {site: test for site, test in tests.items() if test["images"]}
     images = {site: test["images"] for site, test in tested.items()}
     return {
-        "accuracy": _mean({site: test["accuracy"] for site, test in tested.items()}, images),
-        "loss": _mean({site: test["loss"] for site, test in tested.items()}, images),
+        "accuracy": weighted_mean({site: test["accuracy"] for site, test in tested.items()}, images),
+        "loss": weighted_mean({site: test["loss"] for site, test in tested.items()}, images),
         "sites": tests,
         "worst": min(tested, key=lambda site: tested[site]["accuracy"], default=None),
     }
@@ -121,10 +125,3 @@ def _by_number(item: tuple[str, object]) -> tuple[int, str]:
     """site-2 before site-10."""
     digits = re.search(r"\d+$", item[0])
     return (int(digits[0]) if digits else 0, item[0])
-
-
-def _mean(values: dict[str, float | None], weights: dict[str, int]) -> float | None:
-    """The weighted mean over the sites that have a value; None if none has, as for a metric that no model logs."""
-    known = {site: value for site, value in values.items() if value is not None}
-    total = sum(weights[site] for site in known)
-    return sum(value * weights[site] for site, value in known.items()) / total if total else None

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from federation import schema, timing
 from federation.confusion import NoConfusion, confusion
+from federation.figures import as_text
 
 MAX_LINES = 20  # sites with a colour and a name of their own in a plot; more are drawn alike
 MAX_NUMBERED = 16  # rows and columns of a heat map up to which each cell has its number
@@ -137,9 +138,9 @@ def _write(file: Path, project: str, subtitle: str, body: list[str]) -> Path:
 
 def _facts(result: dict[str, Any]) -> str:
     test = result["test"]
-    facts = {"final test accuracy": _share(test["accuracy"])}
+    facts = {"final test accuracy": as_text(test["accuracy"])}
     if len(test["sites"]) > 1 and test["worst"]:
-        facts[f"worst site: {test['worst']}"] = _share(test["sites"][test["worst"]]["accuracy"])
+        facts[f"worst site: {test['worst']}"] = as_text(test["sites"][test["worst"]]["accuracy"])
     facts |= {"sites": str(len(test["sites"])), "rounds": str(result["num_rounds"])}
     facts["in all"] = f"{result['wall_s']:.0f} s"
     items = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts.items())
@@ -153,12 +154,12 @@ def _learning(result: dict[str, Any]) -> list[str]:
         series = {site: [entry[own].get(site) for entry in result["rounds"]] for site in sites}
         plots.append(_curves({"all sites": _series(result, key), **series}, label))
     test = [
-        [site, t["images"], _share(t["accuracy"]), _share(t["loss"])] for site, t in result["test"]["sites"].items()
+        [site, t["images"], as_text(t["accuracy"]), as_text(t["loss"])] for site, t in result["test"]["sites"].items()
     ]
     total = sum(t["images"] for t in result["test"]["sites"].values())
-    whole = ["all sites", total, _share(result["test"]["accuracy"]), _share(result["test"]["loss"])]
+    whole = ["all sites", total, as_text(result["test"]["accuracy"]), as_text(result["test"]["loss"])]
     rows = [
-        [entry["round"], name, _share(accuracy), _share(loss)]
+        [entry["round"], name, as_text(accuracy), as_text(loss)]
         for entry in result["rounds"]
         for name, accuracy, loss in [
             ("all sites", entry["accuracy"], entry["loss"]),
@@ -207,9 +208,7 @@ def _confusion(run: Path, result: dict[str, Any], classes: list[str]) -> list[st
         parts.append(_figure(plot, f"{name[0].upper()}{name[1:]}: {right:.3f} of {matrix.sum()} on the diagonal"))
         reported = result["test"]["accuracy"] if name == "all sites" else result["test"]["sites"][worst]["accuracy"]
         if reported is None or abs(right - reported) > 0.005:
-            notes.append(
-                f"Computed anew on this machine. {name} had reported {_share(reported)}: model.py or the images differ."
-            )
+            notes.append(f"Computed anew here. {name} had reported {as_text(reported)}: model.py or the images differ.")
     return [
         "<p>The final model on the test images: a row a true class, a column what the model says; "
         "the darker, the larger a part of its row.</p>",
@@ -464,10 +463,6 @@ def _shape(shape: list[int]) -> str:
 
 def _entries(entries: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in entries.items())
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _dealt(result: dict[str, Any]) -> str:

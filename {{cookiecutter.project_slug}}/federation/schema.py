@@ -22,7 +22,7 @@
 | `best` | the model of the highest validation accuracy, the final one included: after which `round`, its file \
 `model`, its `test` |
 | `sha256` | of its tensors: `federation.outcome.fingerprint` |
-| `lost` | sites that took part and did not evaluate the final model |
+| `lost` | sites that the job was sent to and that did not evaluate the final model |
 | `timing` | site -> seconds of `start`, `computing`, `evaluating`, `waiting`; null where the logs do not say |
 | `wall_s` | seconds from the command to the end |
 | `versions` | of `python`, `nvflare`, `torch`, `lightning` |

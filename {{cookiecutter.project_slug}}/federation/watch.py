@@ -7,10 +7,12 @@ not lost: its network may have been cut for a while.
 
 import threading
 import time
+from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, ReservedTopic
+from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
 
 ASK_EVERY_S = 5.0
@@ -24,22 +26,19 @@ PATIENCE = {  # seconds: NVFlare's own, which begins after that and anew in each
 
 
 class Watch(FLComponent):
-    """Reports a silent site to the workflow, which then goes on without it, while `min_clients` are left.
+    """Reports a silent site to the workflow, which then goes on without it, while `min_clients` are left."""
 
-    A site that speaks again is taken back by NVFlare, for the next round.
-    """
-
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.over = threading.Event()
 
-    def handle_event(self, event_type: str, fl_ctx) -> None:
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             threading.Thread(target=self._watch, args=(fl_ctx.get_engine(),), daemon=True).start()
         elif event_type in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
             self.over.set()
 
-    def _watch(self, engine) -> None:
+    def _watch(self, engine: Any) -> None:
         started = time.monotonic()
         heard = {client.name: started + START_S for client in engine.get_clients()}
         while not self.over.wait(ASK_EVERY_S):

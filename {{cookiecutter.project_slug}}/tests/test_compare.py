@@ -37,7 +37,7 @@ def run(tmp_path, monkeypatch, options):
             **{name: getattr(made, name) for name in results.CONFIGURATION},
             "max_batches": None,
             "device": "cpu",
-            "rounds": [{"round": number} for number in range(made.num_rounds + 1)],
+            "rounds": [{"round": number, "accuracy": ACCURACY, "sites": {}} for number in range(made.num_rounds + 1)],
             "test": {"accuracy": ACCURACY, "sites": sites},
         }
         (folder / "results.json").write_text(json.dumps(result))
@@ -169,7 +169,7 @@ def test_no_run_is_refused(run, program, tmp_path):
 def test_an_unfinished_run_is_refused(run, program):
     folder, _ = run()
     (folder / "results.json").unlink()
-    assert "runs/first has no results.json: it is not finished" in refused(program, folder, "runs/first/")
+    assert "first/results.json is not there: finish a run with python job.py" in refused(program, folder, "runs/first/")
 
 
 def test_a_run_whose_images_are_gone_is_refused(run, program, tmp_path):

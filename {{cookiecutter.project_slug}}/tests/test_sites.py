@@ -281,8 +281,11 @@ class TestIsRefused:
             run = project.run(*federation.job("--name", "intruder", "--wait", "15"))
         finally:
             other.stop()
-        assert run.returncode == 1
-        assert "north did not connect within 15 s" in run.stderr
+        # The server may not have missed the killed site yet, and the two others are a majority: the job goes on.
+        assert run.returncode == 0, run.stderr
+        assert "WARNING: without a part in the final model: north" in run.stdout
+        result = json.loads((project.folder / "runs" / "intruder" / "results.json").read_text())
+        assert result["lost"] == ["north"] and set(result["test"]["sites"]) == {"east", "south"}
         run = project.run(*other.job("--name", "stranger", "--wait", "1"))
         assert run.returncode == 1
         assert "no connection to the server within 1 s" in run.stderr
