@@ -73,6 +73,7 @@ FILES = """
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_model.py
+    tests/test_outcome.py
     tests/test_partition.py
     tests/test_report.py
     tests/test_results.py
