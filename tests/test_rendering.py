@@ -36,6 +36,7 @@ FILES = """
     federation/environments.py
     federation/evaluation.py
     federation/fedopt.py
+    federation/fetch.py
     federation/figures.py
     federation/outcome.py
     federation/partition.py

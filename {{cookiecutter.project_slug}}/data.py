@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
-from federation.catalog import SOURCES, DataError, Split, open_split
+from federation.catalog import SOURCES, Split, open_split
 from federation.catalog import prepare as prepare_store
+from federation.fetch import DataError
 from federation.partition import deal, deal_like, hold_out, site_names
 
 __all__ = ["DataError", "Holdings", "SiteDataModule", "describe", "known_classes", "pooled", "prepare"]

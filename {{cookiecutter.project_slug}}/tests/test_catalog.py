@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from federation import catalog
-from federation.catalog import DataError, open_split, prepare
+from federation import catalog, fetch
+from federation.catalog import open_split, prepare
+from federation.fetch import DataError
 
 PROJECT = Path(__file__).parents[1]
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -231,8 +232,8 @@ FAULTS = {  # behaviour -> what the user is told
 @pytest.fixture(params=FAULTS, ids=lambda behave: behave.__name__)
 def bad(request, mirror, monkeypatch):
     """A mirror with a fault, and the limits so low that the fault shows at once."""
-    monkeypatch.setattr(catalog, "READ_S", 0.4 if request.param is hangs else 15.0)
-    monkeypatch.setattr(catalog, "JUDGE_AFTER_S", -1.0 if request.param is trickles else 10.0)
+    monkeypatch.setattr(fetch, "READ_S", 0.4 if request.param is hangs else 15.0)
+    monkeypatch.setattr(fetch, "JUDGE_AFTER_S", -1.0 if request.param is trickles else 10.0)
     server = mirror(request.param)
     server.reason = FAULTS[request.param]
     return server

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-from federation.catalog import DataError
+from federation.fetch import DataError
 from federation.partition import SCHEMES, site_names
 
 CLASSES = ["ant", "bee", "cat", "dog"]

@@ -121,6 +121,7 @@ class TestAFinishedRun:
             "app/custom/federation/aggregator.py",
             "app/custom/federation/catalog.py",
             "app/custom/federation/evaluation.py",
+            "app/custom/federation/fetch.py",
             "app/custom/federation/partition.py",
             "app/custom/federation/quick_start.py",
             "app/custom/federation/receipt.py",

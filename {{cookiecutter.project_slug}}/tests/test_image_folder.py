@@ -9,7 +9,8 @@ from PIL import Image
 
 import data
 from federation import catalog
-from federation.catalog import DataError, open_split, prepare
+from federation.catalog import open_split, prepare
+from federation.fetch import DataError
 
 
 def save(path: Path, colour=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:
