@@ -26,7 +26,8 @@ EVALUATION_BATCH, VALIDATION_SHARE, MOMENTUM = 500, 0.2, 0.9  # as in the projec
 
 def import_project(folder: str):
     """The project's network, and how it deals images; Lightning, which model.py needs for LitNet, stays out."""
-    absent = ("pytorch_lightning", "torchmetrics")
+    lightning = "pytorch_lightning"
+    absent = (lightning, f"{lightning}.utilities", f"{lightning}.utilities.types", "torchmetrics")
     for name in absent:
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__getattr__ = lambda attribute: nn.Module

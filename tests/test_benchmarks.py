@@ -127,7 +127,7 @@ SAME_IMAGES = """
 import argparse, torch, data, images
 options = argparse.Namespace(
     dataset="image_folder", image_size=32, batch_size=7, n_clients=2, seed=0,
-    partition="none", alpha=1, shards_per_site=2,
+    partition="none", alpha=1, shards_per_site=2, gpu=False,
 )
 classes = data.describe(options).classes
 textbook, project = (module.SiteDataModule("site-1", classes, options) for module in (data, images))

@@ -33,7 +33,8 @@ class Images(Dataset):
 
 class SiteDataModule(images.SiteDataModule):
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
-        return DataLoader(Images(self.parts[part]), self.options.batch_size, shuffle, num_workers=2)
+        images, size = Images(self.parts[part]), self.options.batch_size
+        return DataLoader(images, batch_size=size, shuffle=shuffle, num_workers=2)  # by name: Lightning makes it anew
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train", shuffle=True)
