@@ -43,7 +43,8 @@ def import_project(folder: str):
 def batches(images: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int):
     for first in range(0, len(order), size):
         chosen = order[first : first + size]
-        yield torch.from_numpy(images[chosen]).float().mul_(1 / 127.5).sub_(1), torch.from_numpy(labels[chosen])
+        pixels = torch.from_numpy(images[chosen]).to(torch.float32, memory_format=torch.channels_last)
+        yield pixels.mul_(1 / 127.5).sub_(1), torch.from_numpy(labels[chosen])
 
 
 @torch.inference_mode()

@@ -95,7 +95,9 @@ class Batches:
         self.passes += 1
         for start in range(0, len(order), self.batch_size):
             images, labels = self._slice(order[start : start + self.batch_size])
-            yield images.to(torch.float32).mul_(1 / (255 * STD)).sub_(MEAN / STD), labels
+            # Channels last: on a CPU, convolutions take less time in evaluation so, and no more in training.
+            images = images.to(torch.float32, memory_format=torch.channels_last)
+            yield images.mul_(1 / (255 * STD)).sub_(MEAN / STD), labels
 
     def _slice(self, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         if self.device is None:
