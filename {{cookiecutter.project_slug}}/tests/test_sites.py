@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,23 @@ def tapped(self, sfm_conn, frame, real=conn_manager.ConnManager.process_frame_ta
     return real(self, sfm_conn, frame)
 conn_manager.ConnManager.process_frame_task = tapped
 """
+
+# What stands between a site and the server: passes on what comes. Stopped, it is a network that swallows everything.
+RELAY = """
+import asyncio, sys
+async def pass_on(reader, writer):
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+async def connect(reader, writer):
+    far_reader, far_writer = await asyncio.open_connection("localhost", int(sys.argv[2]))
+    await asyncio.gather(pass_on(reader, far_writer), pass_on(far_reader, writer), return_exceptions=True)
+async def main():
+    await (await asyncio.start_server(connect, "localhost", int(sys.argv[1]))).serve_forever()
+asyncio.run(main())
+"""
+OUTAGE_S = 30
 
 
 def free_port() -> int:
@@ -270,7 +288,7 @@ class TestIsRefused:
         assert run.returncode == 1
         assert "member@example.com has no right to submit" in run.stderr
 
-    def test_a_site_and_a_submitter_of_another_federation(self, finished, federation, project, tmp_path):
+    def test_a_site_and_a_submitter_of_another_federation(self, finished, federation, project, images, tmp_path):
         other = Federation(project, tmp_path / "other", "theirs")
         for kit, name in (("north", "fed_client.json"), ("lead@example.com", "fed_admin.json")):
             config = other.kits / kit / "startup" / name
@@ -281,6 +299,7 @@ class TestIsRefused:
             run = project.run(*federation.job("--name", "intruder", "--wait", "15"))
         finally:
             other.stop()
+            federation.start("north", FL_DATA_ROOT=str(images["north"]))
         # The server may not have missed the killed site yet, and the two others are a majority: the job goes on.
         assert run.returncode == 0, run.stderr
         assert "WARNING: without a part in the final model: north" in run.stdout
@@ -301,14 +320,83 @@ def test_a_site_that_never_comes_is_named_after_the_stated_wait(finished, federa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["missing", "other classes"])
-def test_a_site_whose_data_cannot_be_used_is_named_at_once(finished, federation, project, tmp_path, fault):
+def test_a_site_whose_data_cannot_be_used_is_named_at_once(finished, federation, project, images, tmp_path, fault):
     root = write_images(tmp_path / "other", ["benign", "unclear"], 9) if fault == "other classes" else tmp_path / "none"
     federation.kill("south")
     federation.start("south", FL_DATA_ROOT=str(root))
-    run = project.run(*federation.job("--name", fault.replace(" ", "-"), sites=["east", "south"]))
+    try:
+        run = project.run(*federation.job("--name", fault.replace(" ", "-"), sites=["east", "south"]))
+    finally:
+        federation.kill("south")
+        federation.start("south", FL_DATA_ROOT=str(images["south"]))
     assert run.returncode == 1
     assert "south failed" in run.stderr
     assert "unclear" not in run.stderr + run.stdout  # the reason stays in the site's own log
+
+
+@pytest.mark.slow
+class TestInTheMiddleOfARound:
+    def submit(self, federation, project) -> subprocess.Popen:
+        """A project_admin's long job: returns it in its second round."""
+        flags = ("--name", "long", "--local_epochs", "150", "--num_rounds", "3")
+        process = project.start(*federation.job(*flags, by="admin@example.com"))
+        process.seen = []
+        for line in process.stdout:
+            process.seen.append(line)
+            if line.startswith("round 1 "):
+                return process
+        pytest.fail(process.communicate()[1])
+
+    def test_a_site_that_is_killed_and_comes_back_is_named_and_the_others_go_on(
+        self, finished, federation, images, tmp_path
+    ):
+        project = Project(tmp_path / "project")
+        project.replace("federation/watch.py", "SILENCE_S = 60.0", "SILENCE_S = 8.0")  # so that the test is short
+        process = self.submit(federation, project)
+        federation.kill("south")
+        federation.start("south", FL_DATA_ROOT=str(images["south"]))
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        assert "south is lost: it does not answer" in out
+        assert "WARNING: without a part in the final model: south" in out
+        result = json.loads((project.folder / "runs" / "long" / "results.json").read_text())
+        assert result["lost"] == ["south"]
+        assert [entry["round"] for entry in result["rounds"]] == [0, 1, 2, 3]
+        assert set(result["test"]["sites"]) == {"east", "north"}
+
+    def test_a_site_whose_network_is_cut_for_a_while_stays(self, finished, federation, images, tmp_path):
+        project = Project(tmp_path / "project")
+        config = federation.kits / "south" / "startup" / "fed_client.json"
+        direct, port = config.read_text(), free_port()
+        federation.kill("south")
+        relay = subprocess.Popen([sys.executable, "-c", RELAY, str(port), str(federation.port)])
+        try:
+            config.write_text(direct.replace(str(federation.port), str(port)))
+            federation.start("south", FL_DATA_ROOT=str(images["south"]))
+            process = self.submit(federation, project)
+            relay.send_signal(signal.SIGSTOP)
+            time.sleep(OUTAGE_S)
+            relay.send_signal(signal.SIGCONT)
+            _, error = process.communicate(timeout=300)
+        finally:
+            federation.kill("south")
+            relay.kill()
+            relay.wait()
+            config.write_text(direct)
+            federation.start("south", FL_DATA_ROOT=str(images["south"]))
+        assert process.returncode == 0, error
+        result = json.loads((project.folder / "runs" / "long" / "results.json").read_text())
+        assert result["lost"] == []
+        assert [set(entry["sites"]) for entry in result["rounds"]] == [set(SITES)] * 4
+        assert None not in [accuracy for entry in result["rounds"] for accuracy in entry["sites"].values()]
+
+    def test_a_server_that_is_killed_has_ended_the_job_and_job_py_says_so(self, finished, federation, tmp_path):
+        process = self.submit(federation, Project(tmp_path / "project"))
+        federation.kill("localhost")
+        federation.start("localhost")
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert re.search("the server was started anew, which ended the job .*: submit it again", error)
 
 
 @pytest.mark.slow
