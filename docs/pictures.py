@@ -1,0 +1,98 @@
+"""The pictures of the README, from a real run: `.venv/bin/python docs/pictures.py PROJECT [FLAG ...]`.
+
+Runs job.py of a rendered project with these flags, --num_rounds among them, on a terminal. Draws that terminal in the
+middle of the run and at its end; then photographs the run's report, for which Chromium must be on the PATH.
+"""
+
+import io
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyte
+from rich.console import Console
+from rich.text import Text
+
+PICTURES = Path(__file__).parent / "pictures"
+COLUMNS, LINES = 92, 60
+WIDTH, HEIGHT = 1120, 1500  # pixels of the report that are shown: its head, curves and who holds what
+NAMES = {"default": "", "brown": "yellow"}  # pyte's names of colours -> rich's
+
+
+def record(project: Path, flags: list[str], round_: str) -> tuple[list[Text], list[Text]]:
+    """Run job.py on a terminal: what that showed while the sites trained in this round, and at the end."""
+    screen = pyte.Screen(COLUMNS, LINES)
+    stream = pyte.ByteStream(screen)
+    terminal, programs_side = pty.openpty()
+    command = [sys.executable, "job.py", *flags]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(COLUMNS), "LINES": str(LINES)}
+    program = subprocess.Popen(command, cwd=project, env=environment, stdout=programs_side, stderr=programs_side)
+    os.close(programs_side)
+    running: list[Text] = []
+    while True:
+        try:
+            new = os.read(terminal, 4096)
+        except OSError:  # Linux: the program has closed its side
+            new = b""
+        if not new:
+            break
+        stream.feed(new)
+        shown = "\n".join(screen.display)
+        if not running and round_ in shown and "training, step" in shown:
+            running = lines_of(screen)
+    if program.wait():
+        sys.exit(f"pictures.py: job.py ended with {program.returncode}; its screen was:\n" + "\n".join(screen.display))
+    return running, lines_of(screen)
+
+
+def lines_of(screen: pyte.Screen) -> list[Text]:
+    lines = []
+    for number in range(screen.lines):
+        line = Text()
+        for column in range(screen.columns):
+            char = screen.buffer[number][column]
+            colour = NAMES.get(char.fg, char.fg if char.fg.isalpha() else f"#{char.fg}")
+            line.append(char.data, f"{'bold ' if char.bold else ''}{colour}".strip())
+        line.rstrip()
+        lines.append(line)
+    while lines and not lines[-1].plain:
+        lines.pop()
+    return lines
+
+
+def draw(lines: list[Text], title: str, path: Path) -> None:
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
+    console.print(Text(f"$ {title}", "bold"))
+    for line in lines:
+        console.print(line)
+    console.save_svg(str(path), title="")
+
+
+def photograph(page: Path, path: Path) -> None:
+    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+    if not browser:
+        sys.exit("pictures.py: Chromium is not on the PATH: the report was not photographed")
+    with tempfile.TemporaryDirectory() as profile:
+        flags = ["--headless", "--no-sandbox", f"--user-data-dir={profile}", "--hide-scrollbars"]
+        flags += [f"--window-size={WIDTH},{HEIGHT}", "--virtual-time-budget=10000", f"--screenshot={path}"]
+        subprocess.run([browser, *flags, page.resolve().as_uri()], check=True, capture_output=True)
+
+
+def main() -> None:
+    project, flags = Path(sys.argv[1]), sys.argv[2:]
+    rounds = int(flags[flags.index("--num_rounds") + 1])
+    running, finished = record(project, flags, f"round {rounds // 2 + 1} of {rounds}")
+    shown = [flag for flag in flags if not flag.startswith(("--data_root", "/"))]
+    command = " ".join(["python job.py", *shown])
+    draw(running, command, PICTURES / "running.svg")
+    draw(finished, command, PICTURES / "finished.svg")
+    subprocess.run([sys.executable, "results.py", "--html"], cwd=project, check=True)
+    photograph((project / "runs" / "latest" / "report.html").resolve(), PICTURES / "report.png")
+
+
+if __name__ == "__main__":
+    main()
