@@ -45,6 +45,7 @@ FILES = """
     federation/recipes.py
     federation/report.py
     federation/resume.py
+    federation/runs.py
     federation/schema.py
     federation/sites.py
     federation/telemetry.py

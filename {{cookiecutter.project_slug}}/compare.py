@@ -91,7 +91,7 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         UsageError: the run's images or its model are not there any more, or not as they were.
     """
     options = argparse.Namespace(
-        **{name: result[name] for name in ("dataset", *results.CONFIGURATION)},
+        **{name: result[name] for name in ("dataset", *schema.CONFIGURATION)},
         model_class=result["model_class"] or "LitNet",  # the one that there was, for an older file
         max_batches=result["max_batches"],
         gpu=result["device"] != "cpu",

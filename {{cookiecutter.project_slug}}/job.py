@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from federation.command_line import ALGORITHMS, OWN_FLAGS, PROJECT, UsageError, parse, validate
+from federation.command_line import ALGORITHMS, PROJECT, UsageError, parse, validate
+from federation.runs import new_run
 
 if TYPE_CHECKING:  # Lightning takes seconds
     from data import Holdings
 
 START = time.monotonic()
-RUNS = Path("runs")
 
 
 class FederationError(Exception):
@@ -126,23 +126,8 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
         results.show_holdings(shared)
     if brought["lost"]:
         print(f"\nWARNING: without a part in the final model: {', '.join(brought['lost'])}")
-    result = {
-        "version": schema.VERSION,
-        "dataset": options.dataset,
-        "algorithm": options.algorithm,
-        "model_class": options.model_class,
-        **{name: getattr(options, name) for name in OWN_FLAGS if options.algorithm in OWN_FLAGS[name][1]},
-        "resumed": {"run": options.resume, "round": options.first_round} if options.resume else None,
-        "env": options.env,
-        **{name: getattr(options, name) for name in results.CONFIGURATION},
-        "data_root": options.data_root,
-        "tracking": options.tracking,
-        "max_batches": options.max_batches,  # of an epoch, in a check; else all
-        "device": torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu",
-        **brought,
-        "wall_s": round(time.monotonic() - START, 2),
-        "versions": schema.versions(),
-    }
+    device = torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu"
+    result = schema.compose(options, brought, device, time.monotonic() - START)
     (folder / "results.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     tracking.add_global_curves(options.tracking, folder, result)
     results.show(result)
@@ -162,24 +147,6 @@ def export(options: argparse.Namespace, holdings: "Holdings") -> None:
     sites.address(run / recipe.name, options.sites)
     shutil.copytree(run / recipe.name, options.export)
     print(f"{options.export} is the job: submit it with  nvflare job submit -j {options.export} --startup-kit KIT")
-
-
-def new_run(name: str | None) -> Path:
-    """Make a folder under runs/ that was not there before, and point runs/latest to it."""
-    RUNS.mkdir(exist_ok=True)
-    while True:
-        folder = RUNS / (name or time.strftime("%Y%m%d-%H%M%S"))
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            if name:
-                raise UsageError(f"{folder} exists: choose another --name, or none") from None
-            time.sleep(0.1)  # another run started within this second
-    link = RUNS / f".latest-{os.getpid()}"
-    link.symlink_to(folder.name)
-    link.replace(RUNS / "latest")
-    return folder
 
 
 def check(options: argparse.Namespace) -> int:

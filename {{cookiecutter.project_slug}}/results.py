@@ -18,10 +18,6 @@ from federation import schema
 from federation.figures import as_text
 
 RUNS = Path(__file__).resolve().parent / "runs"
-CONFIGURATION = (
-    *("partition", "alpha", "shards_per_site", "n_clients", "num_rounds"),
-    *("image_size", "batch_size", "local_epochs", "learning_rate", "seed"),
-)
 MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json have all
 
 
@@ -97,7 +93,7 @@ def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
         A row a property: its name, then its value in each run.
     """
     rows = [[name, *(str(result[name]) for result in results.values())] for name in ("dataset", "algorithm")]
-    rows += [[name, *(str(result.get(name)) for result in results.values())] for name in CONFIGURATION]
+    rows += [[name, *(str(result.get(name)) for result in results.values())] for name in schema.CONFIGURATION]
     tests = [result["test"] for result in results.values()]
     worst = [test["sites"][test["worst"]]["accuracy"] if test["worst"] else None for test in tests]
     return [

@@ -30,17 +30,52 @@
 A metric that the model does not log is null. Later versions may add keys.
 """
 
+import argparse
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from federation.command_line import OWN_FLAGS
+
 VERSION = 1
+CONFIGURATION = (
+    *("partition", "alpha", "shards_per_site", "n_clients", "num_rounds"),
+    *("image_size", "batch_size", "local_epochs", "learning_rate", "seed"),
+)
 
 
 class ResultError(Exception):
     """A result that cannot be read; one line for the user."""
+
+
+def compose(options: argparse.Namespace, brought: dict[str, Any], device: str, wall_s: float) -> dict[str, Any]:
+    """What is written to results.json.
+
+    Args:
+        options: the command line's.
+        brought: what federation.outcome.bring_home has gathered, without its `counts`.
+        device: `cpu`, or the GPU's name.
+        wall_s: seconds from the command to now.
+    """
+    return {
+        "version": VERSION,
+        "dataset": options.dataset,
+        "algorithm": options.algorithm,
+        "model_class": options.model_class,
+        **{name: getattr(options, name) for name in OWN_FLAGS if options.algorithm in OWN_FLAGS[name][1]},
+        "resumed": {"run": options.resume, "round": options.first_round} if options.resume else None,
+        "env": options.env,
+        **{name: getattr(options, name) for name in CONFIGURATION},
+        "data_root": options.data_root,
+        "tracking": options.tracking,
+        "max_batches": options.max_batches,
+        "device": device,
+        **brought,
+        "wall_s": round(wall_s, 2),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 import compare
 import data
 import results
+from federation import schema
 
 ACCURACY = 0.5  # of the global model, as these tests have it
 
@@ -34,7 +35,7 @@ def run(tmp_path, monkeypatch, options):
         result = {
             "dataset": made.dataset,
             "model_class": made.model_class,
-            **{name: getattr(made, name) for name in results.CONFIGURATION},
+            **{name: getattr(made, name) for name in schema.CONFIGURATION},
             "max_batches": None,
             "device": "cpu",
             "rounds": [{"round": number, "accuracy": ACCURACY, "sites": {}} for number in range(made.num_rounds + 1)],

@@ -68,7 +68,7 @@ DATA_FAULTS = {
 @pytest.fixture
 def job(monkeypatch, tmp_path, capsys):
     """Run job.py in this process, which has imported what takes seconds: (exit code, standard error)."""
-    monkeypatch.setattr("job.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("federation.runs.RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
