@@ -57,10 +57,10 @@ def show(result: dict[str, Any]) -> None:
     title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"
     _print(title, table, len(rounds), len(sites), "results.json")
     worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
-    print(f"\nFinal test accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}")
+    figures = f"accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}"
+    print(f"\nFinal test {figures}; {result['wall_s']:.0f} s in all")
     if result["stopped_early"]:
         print(f"stopped early: no better validation accuracy with --patience {result['patience']}")
-    print(f"{result['wall_s']:.0f} s in all")
 
 
 def new_table() -> Table:
