@@ -26,7 +26,8 @@ snapshots: .venv/ready  ## write tests/snapshots/ anew, after a change of what i
 lint: .venv/ready  ## ruff on everything where it stands
 	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
 
-types: .venv/ready  ## mypy, strict, on a rendered project: settings.py is no Python before that
+types: .venv/ready  ## mypy, strict, on the template's own Python and on a rendered project
+	$(BIN)/python -m mypy
 	$(BIN)/cookiecutter . --no-input --overwrite-if-exists --output-dir build project_slug=fl-types setup=skip
 	cd build/fl-types && ../../$(BIN)/python -m mypy
 

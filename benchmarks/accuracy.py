@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from cookiecutter.main import cookiecutter
 
@@ -94,14 +95,14 @@ def main() -> int:
     return 0
 
 
-def described(options: argparse.Namespace) -> dict:
+def described(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "data": options.data.name if options.data else "digits",
         **{name: getattr(options, name) for name in ("n_clients", "num_rounds", "seeds")},
     }
 
 
-def page(options: dict, rows: list[dict]) -> str:
+def page(options: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """A table: an algorithm a row, a partition a column, mean and standard deviation over the seeds."""
     lines = [
         f"{options['data']}, {options['n_clients']} sites, {options['num_rounds']} rounds of one local epoch.",

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -18,7 +19,13 @@ class ProgramFailed(Exception):
     """The program did not end with the expected code."""
 
 
-def run(command: list[str], folder: Path, environment: dict | None = None, code: int = 0, look: Callable | None = None):
+def run(
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    code: int = 0,
+    look: Callable[[psutil.Process], None] | None = None,
+) -> tuple[float, float]:
     """Run a program to its end. Returns (start, end) in seconds since 1970.
 
     Args:
@@ -80,13 +87,13 @@ def idle_uss(python: str, code: str, folder: Path) -> int:
     command = [python, "-c", f"{code}\nprint('ready', flush=True)\ninput()"]
     with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
-            process.stdout.readline()
+            process.stdout.readline()  # type: ignore[union-attr]  # a pipe
             return psutil.Process(process.pid).memory_full_info().uss
         finally:
             process.communicate(b"\n")
 
 
-def describe_machine() -> dict:
+def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory, system, and the versions that matter."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

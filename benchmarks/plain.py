@@ -13,7 +13,11 @@ import os
 import sys
 import time
 import types
+from collections.abc import Iterable, Iterator
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +27,16 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 EVALUATION_BATCH, VALIDATION_SHARE, MOMENTUM = 500, 0.2, 0.9  # as in the project
 
+Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
-def import_project(folder: str):
+
+def import_project(folder: str) -> tuple[type[nn.Module], types.ModuleType]:
     """The project's network, and how it deals images; Lightning, which model.py needs for LitNet, stays out."""
     lightning = "pytorch_lightning"
     absent = (lightning, f"{lightning}.utilities", f"{lightning}.utilities.types", "torchmetrics")
     for name in absent:
         sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__getattr__ = lambda attribute: nn.Module
+        sys.modules[name].__getattr__ = lambda attribute: nn.Module  # type: ignore[method-assign]
     sys.path.insert(0, folder)
     from federation import partition
     from model import Net
@@ -40,7 +46,7 @@ def import_project(folder: str):
     return Net, partition
 
 
-def batches(images: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int):
+def batches(images: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int) -> Iterator[Batch]:
     for first in range(0, len(order), size):
         chosen = order[first : first + size]
         pixels = torch.from_numpy(images[chosen]).to(torch.float32, memory_format=torch.channels_last)
@@ -48,9 +54,9 @@ def batches(images: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int
 
 
 @torch.inference_mode()
-def evaluate(net: nn.Module, loader) -> dict[str, float]:
+def evaluate(net: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
     """Accuracy, and loss as the mean over the images."""
-    right = n_images = loss = 0
+    right, n_images, loss = 0, 0, 0.0
     for x, y in loader:
         outputs = net(x)
         loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
@@ -59,7 +65,7 @@ def evaluate(net: nn.Module, loader) -> dict[str, float]:
     return {"accuracy": right / n_images, "loss": loss / n_images, "images": n_images}
 
 
-def train(net: nn.Module, loader, learning_rate: float) -> None:
+def train(net: nn.Module, loader: Iterable[Batch], learning_rate: float) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=MOMENTUM, fused=True)
     criterion = nn.CrossEntropyLoss()
     for x, y in loader:
@@ -68,7 +74,7 @@ def train(net: nn.Module, loader, learning_rate: float) -> None:
         optimizer.step()
 
 
-def client(site: int, reports, barrier, *arguments) -> None:
+def client(site: int, reports: "Queue[Any]", barrier: Barrier, *arguments: Any) -> None:
     """Run a site. One that fails wakes the others, and so the whole program ends."""
     try:
         reports.put((site, *run_site(site, barrier, *arguments)))
@@ -77,7 +83,15 @@ def client(site: int, reports, barrier, *arguments) -> None:
         raise
 
 
-def run_site(site: int, barrier, parts: dict, options, net: nn.Module, weights: torch.Tensor, shares: torch.Tensor):
+def run_site(
+    site: int,
+    barrier: Barrier,
+    parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    options: argparse.Namespace,
+    net: nn.Module,
+    weights: torch.Tensor,
+    shares: torch.Tensor,
+) -> tuple[list[tuple[float, str]], dict[str, float]]:
     """All rounds of a site. Returns its turns and the test of the final model.
 
     Args:
@@ -92,7 +106,7 @@ def run_site(site: int, barrier, parts: dict, options, net: nn.Module, weights: 
     def turn(name: str) -> None:
         turns.append((time.time(), name))
 
-    def evaluation(part: str):
+    def evaluation(part: str) -> Iterator[Batch]:
         return batches(*parts[part], EVALUATION_BATCH)
 
     for number in range(options.rounds):
@@ -150,7 +164,7 @@ def main() -> None:
     weights = parameters_to_vector(net.parameters()).detach().repeat(n_clients, 1).share_memory_()
     n_images = torch.tensor([len(part["train"][2]) for part in parts], dtype=torch.float32)
     # A fork starts with all imports done, but only Linux forks safely.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     barrier, reports = context.Barrier(n_clients), context.Queue()
     shared = (options, net, weights, n_images / n_images.sum())
     sites = [context.Process(target=client, args=(i, reports, barrier, parts[i], *shared)) for i in range(n_clients)]

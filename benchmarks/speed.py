@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import measure
 import tables
@@ -63,7 +64,16 @@ class Benchmark:
             self.programs.prepare(folder)
         self.predict_over_test = 1.0  # until the limit has run
 
-    def run(self, what: str, images: Path, rounds=2, n_clients=2, partition="none", seed=0, look=None) -> dict:
+    def run(
+        self,
+        what: str,
+        images: Path,
+        rounds: int = 2,
+        n_clients: int = 2,
+        partition: str = "none",
+        seed: int = 0,
+        look: measure.Memory | None = None,
+    ) -> dict[str, Any]:
         """One run of one of the three programs: its record for speed.json."""
         folder = self.programs.textbook if what == "textbook" else self.programs.project
         shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -89,7 +99,7 @@ class Benchmark:
         print(f"{what:8} {n_clients} clients, {n_train} images each, {rounds} rounds: {end - start:6.1f} s", flush=True)
         return record
 
-    def speed(self) -> dict:
+    def speed(self) -> dict[str, Any]:
         runs, commands = [], []
         job = [sys.executable, "job.py"]
         for seed in range(self.repeats):
@@ -103,23 +113,23 @@ class Benchmark:
                 commands.append({"what": what, "wall_s": end - start})
         return {"runs": runs, "commands": commands}
 
-    def textbook(self) -> dict:
+    def textbook(self) -> dict[str, Any]:
         runs = [self.run("textbook", self.part)]
         for seed in range(self.repeats):
             runs += [self.run(what, self.part, seed=seed) for what in ("limit", "project")]
         return {"divisor": self.divisor, "runs": runs, "full": self.run("textbook", self.images) if self.full else None}
 
-    def rounds(self) -> dict:
+    def rounds(self) -> dict[str, Any]:
         """A long run: is it as long as two rounds predicted, and does memory grow?"""
         imports = measure.idle_uss(sys.executable, IMPORTS, self.programs.project)
-        found = {"imports_uss": imports, "divisor": self.divisor, "runs": []}
+        found: dict[str, Any] = {"imports_uss": imports, "divisor": self.divisor, "runs": []}
         for images in (self.images, self.part):
             memory = measure.Memory()
             record = self.run("project", images, rounds=self.many_rounds, look=memory)
             found["runs"].append({**record, **self.client_memory(memory)})
         return found
 
-    def clients(self) -> dict:
+    def clients(self) -> dict[str, Any]:
         runs = []
         for n_clients in self.client_counts:
             for what in ("limit", "project"):
@@ -130,7 +140,7 @@ class Benchmark:
                 runs.append({**record, "peak_pss": peak, **more})
         return {"runs": runs}
 
-    def client_memory(self, memory: measure.Memory) -> dict:
+    def client_memory(self, memory: measure.Memory) -> dict[str, Any]:
         """USS in bytes of a client process during the run just made: its median, early and late in the rounds."""
         logs = (self.programs.project / "runs" / "run" / "workspace").glob("site-*/log.txt")
         texts = [log.read_text(encoding="utf-8") for log in logs]

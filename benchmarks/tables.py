@@ -5,6 +5,7 @@ Pure but for the plot.
 
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import timeline
 
@@ -12,11 +13,11 @@ NAMES = {"limit": "plain loop (the limit)", "project": "project as rendered", "t
 MB = 1e6
 
 
-def spread(values: list[float]) -> dict:
+def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def of(part: dict, what: str, name: str = "wall_s", rows: str = "runs") -> list[float]:
+def of(part: dict[str, Any], what: str, name: str = "wall_s", rows: str = "runs") -> list[float]:
     """One column of a part's runs, or commands, of one kind."""
     return [run[name] for run in part[rows] if run["what"] == what]
 
@@ -26,13 +27,13 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def typical(runs: list[dict], what: str) -> dict:
+def typical(runs: list[dict[str, Any]], what: str) -> dict[str, Any]:
     """The costs of a kind of run: of each the median over the repeats."""
     same = [run for run in runs if run["what"] == what]
     return {key: median(run[key] for run in same) for key, value in same[0].items() if isinstance(value, (int, float))}
 
 
-def figures(parts: dict) -> list[dict]:
+def figures(parts: dict[str, Any]) -> list[dict[str, Any]]:
     """What was measured against its target: `figure`, `unit`, `target` (the largest that is well), spread.
 
     `at_least` turns the target round. A figure whose part is missing is left out.
@@ -40,7 +41,7 @@ def figures(parts: dict) -> list[dict]:
     rows = []
 
     def add(figure: str, values: list[float], target: float | None, unit: str = "", at_least: bool = False) -> None:
-        row = {"figure": figure, "unit": unit, "target": target, "at_least": at_least, **spread(values)}
+        row: dict[str, Any] = {"figure": figure, "unit": unit, "target": target, "at_least": at_least, **spread(values)}
         if target is not None:
             row["met"] = row["median"] >= target if at_least else row["median"] <= target
         rows.append(row)
@@ -104,12 +105,12 @@ def figures(parts: dict) -> list[dict]:
     return rows
 
 
-def beyond_limit(clients: dict) -> tuple[list[int], list[float]]:
+def beyond_limit(clients: dict[str, Any]) -> tuple[list[int], list[float]]:
     counts = [run["n_clients"] for run in clients["runs"] if run["what"] == "project"]
     return counts, [a - b for a, b in zip(of(clients, "project"), of(clients, "limit"), strict=True)]
 
 
-def by_size(parts: dict) -> list[list[dict]]:
+def by_size(parts: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The runs of all three ways that did the same work together: on all images, and on a part of them."""
     all_images, few = (list(parts[name]["runs"]) if name in parts else [] for name in ("speed", "textbook"))
     if few and parts["textbook"]["full"]:
@@ -122,7 +123,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def costs_table(runs: list[dict]) -> str:
+def costs_table(runs: list[dict[str, Any]]) -> str:
     head = ["", "whole", "start and end", "a round", "a step", "test accuracy", "runs"]
     rows = []
     for what, name in NAMES.items():
@@ -143,7 +144,7 @@ def costs_table(runs: list[dict]) -> str:
     return table(head, rows)
 
 
-def markdown(results: dict) -> str:
+def markdown(results: dict[str, Any]) -> str:
     machine, work, parts = results["machine"], results["work"], results["parts"]
     dates = sorted({part["date"] for part in parts.values()})
     loads = [run["load_before"] for part in parts.values() for run in part["runs"]]
@@ -192,7 +193,7 @@ def markdown(results: dict) -> str:
     return text
 
 
-def plot(results: dict, path: Path) -> None:
+def plot(results: dict[str, Any], path: Path) -> None:
     """Bars of where the time goes, a panel for each amount of work."""
     import matplotlib
 

@@ -57,12 +57,12 @@ def split_rounds(turns: list[tuple[float, str]]) -> list[dict[str, float]]:
     return [dict(zip((*_ROUND, "end"), times[first : first + 5], strict=True)) for first in range(0, 4 * n_rounds, 4)]
 
 
-def without_predicted(turns: list) -> list[tuple[float, str]]:
+def without_predicted(turns: list[tuple[float, str]]) -> list[tuple[float, str]]:
     """The turns that a client's log has too: plain.py's own, "predicted", is left out."""
     return [(time, name) for time, name in turns if name != "predicted"]
 
 
-def predict_over_test(sites: list[list]) -> float:
+def predict_over_test(sites: list[list[tuple[float, str]]]) -> float:
     """How long predicting takes over testing, from plain.py's turns."""
     spans: dict[str, float] = {"test": 0.0, "predict": 0.0}
     for turns in sites:
@@ -72,7 +72,9 @@ def predict_over_test(sites: list[list]) -> float:
     return spans["predict"] / spans["test"]
 
 
-def cost(start: float, end: float, sites: list[list[tuple[float, str]]], steps: int, predict_over_test: float) -> dict:
+def cost(
+    start: float, end: float, sites: list[list[tuple[float, str]]], steps: int, predict_over_test: float
+) -> dict[str, float]:
     """What a run cost, in seconds; means over its sites and rounds.
 
     Args:
@@ -117,7 +119,7 @@ def cost(start: float, end: float, sites: list[list[tuple[float, str]]], steps: 
     }
 
 
-def predict_wall(cost: dict, rounds: int, scale: float = 1.0) -> float:
+def predict_wall(cost: dict[str, float], rounds: int, scale: float = 1.0) -> float:
     """How long the same job would take, in seconds, with so many rounds and `scale` times the images."""
     start = cost["start_s"] + (scale - 1) * cost["final_evaluation_s"]
     one = cost["round_s"] + (scale - 1) * cost["evaluation_s"]

@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 OWN = ".venv/bin/python"  # what install.py makes, unless the Python that runs it has all that is needed
 BY_HAND = ["python3 install.py", "sh prepare_data.sh", f"{OWN} job.py --check  # python3, where no .venv was needed"]
 DOWNLOADS = {"cifar10": "170 MB", "fashion_mnist": "30 MB", "bloodmnist": "35 MB"}
-received = []  # signals: the first one ends the command that runs, and no step is begun after it
+received: list[bool] = []  # signals: the first one ends the command that runs, and no step is begun after it
 
 
 def say(*lines: str, end: str = "\n") -> None:
@@ -48,7 +50,7 @@ def run(*command: str, limit: float = float("inf"), **variables: str) -> str:
     return f"exit code {process.returncode}" if process.returncode else ""
 
 
-def step(title: str, *command: str, **options) -> str:
+def step(title: str, *command: str, **options: Any) -> str:
     """Run the command of one step and show how long it took. Return "" if it succeeded, else why not."""
     if received:
         return "interrupted"
@@ -95,7 +97,7 @@ def set_up(dataset: str) -> tuple[list[str], list[str]]:
 
 
 @contextlib.contextmanager
-def terminal_for_us():
+def terminal_for_us() -> Iterator[None]:
     """Have Ctrl-C to ourselves, as a shell's job has: cookiecutter would abort at once, and cruft before it is done."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # no terminal
@@ -112,20 +114,21 @@ def terminal_for_us():
         yield
 
 
-def is_comparison(answers: dict) -> bool:
+def is_comparison(answers: dict[str, Any]) -> bool:
     """Tell whether `cruft update` or `cruft diff` renders the project, only to compare it and throw it away."""
     folder = Path.cwd().parent
     named = "_commit" in answers and bool(re.fullmatch("tmp[a-z0-9_]{8}", folder.name))
     return named and folder.parent == Path(tempfile.gettempdir()).resolve()
 
 
-def main(answers: dict) -> int:
+def main(answers: dict[str, Any]) -> int:
     """Return the exit code: 0 whatever fails, so that the project stays, unless FL_TEMPLATE_STRICT=1."""
     if is_comparison(answers):
         return 0
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show
-    wrong, todo, title = [], BY_HAND, "Nothing is set up, as you wished. By hand (on Windows: in WSL2):"
+    if sys.stdout:  # it may have to show a path that the terminal cannot
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    wrong: list[str] = []
+    todo, title = BY_HAND, "Nothing is set up, as you wished. By hand (on Windows: in WSL2):"
     if answers["setup"] == "full" and os.name == "posix":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -139,4 +142,4 @@ def main(answers: dict) -> int:
 
 if __name__ == "__main__":
     # The answers as JSON in a Python literal, whatever characters they hold. There is no other template code here.
-    sys.exit(main(json.loads({{cookiecutter | tojson | tojson}})))  # noqa: F821
+    sys.exit(main(json.loads({{cookiecutter | tojson | tojson}})))  # type: ignore[arg-type, name-defined]  # noqa: F821

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import unicodedata
+from typing import Any
 
 SLUG = r"[a-z]([a-z0-9_-]{0,62}[a-z0-9])?"
 WHOLE_NUMBERS = {"num_clients": 1000, "rounds": 10000}  # from 1 to
@@ -21,7 +22,7 @@ DEPENDENCIES = """
 """
 
 
-def faults(answers: dict) -> list[str]:
+def faults(answers: dict[str, Any]) -> list[str]:
     """Return what is wrong with the answers, one line for each fault: the answer and what is allowed instead."""
     found = []
 
@@ -51,5 +52,5 @@ def faults(answers: dict) -> list[str]:
 
 if __name__ == "__main__":
     # The answers as JSON in a Python literal, whatever characters they hold. There is no other template code here.
-    answers = json.loads({{cookiecutter | tojson | tojson}})  # noqa: F821
+    answers = json.loads({{cookiecutter | tojson | tojson}})  # type: ignore[arg-type, name-defined]  # noqa: F821
     sys.exit("\n".join(faults(answers)) or 0)

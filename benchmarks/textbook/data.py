@@ -5,6 +5,7 @@ two workers, the training batch size for evaluation too, and as many threads as 
 """
 
 import os
+from typing import Any
 
 import images
 import torch
@@ -17,7 +18,7 @@ torch.set_num_threads(os.cpu_count() or 1)  # PyTorch's default, which the proje
 TRANSFORM = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
 
 
-class Images(Dataset):
+class Images(Dataset[tuple[torch.Tensor, int]]):
     """Arrays in memory, an image at a time, like torchvision.datasets.CIFAR10."""
 
     def __init__(self, part: images.Part):
@@ -27,23 +28,23 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return TRANSFORM(Image.fromarray(self.pixels[index])), int(self.labels[index])
 
 
 class SiteDataModule(images.SiteDataModule):
-    def _loader(self, part: str, shuffle: bool = False) -> DataLoader:
+    def _loader(self, part: str, shuffle: bool = False) -> DataLoader[Any]:
         images, size = Images(self.parts[part]), self.options.batch_size
         return DataLoader(images, batch_size=size, shuffle=shuffle, num_workers=2)  # by name: Lightning makes it anew
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
