@@ -85,6 +85,7 @@ def photograph(page: Path, path: Path) -> None:
 def main() -> None:
     project, flags = Path(sys.argv[1]), sys.argv[2:]
     rounds = int(flags[flags.index("--num_rounds") + 1])
+    PICTURES.mkdir(exist_ok=True)
     running, finished = record(project, flags, f"round {rounds // 2 + 1} of {rounds}")
     shown = [flag for flag in flags if not flag.startswith(("--data_root", "/"))]
     command = " ".join(["python job.py", *shown])
