@@ -1,7 +1,7 @@
 """The pictures of the README, from a real run: `.venv/bin/python docs/pictures.py PROJECT [FLAG ...]`.
 
 Runs job.py of a rendered project with these flags, --num_rounds among them, on a terminal. Draws that terminal in the
-middle of the run and at its end; then photographs the run's report, for which Chromium must be on the PATH.
+middle of the run; then photographs the run's report, for which Chromium must be on the PATH.
 """
 
 import io
@@ -23,8 +23,8 @@ WIDTH, HEIGHT = 1120, 1500  # pixels of the report that are shown: its head, cur
 NAMES = {"default": "", "brown": "yellow"}  # pyte's names of colours -> rich's
 
 
-def record(project: Path, flags: list[str], round_: str) -> tuple[list[Text], list[Text]]:
-    """Run job.py on a terminal: what that showed while the sites trained in this round, and at the end."""
+def record(project: Path, flags: list[str], round_: str) -> list[Text]:
+    """Run job.py on a terminal: what that showed while the sites trained in this round."""
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     terminal, programs_side = pty.openpty()
@@ -46,7 +46,7 @@ def record(project: Path, flags: list[str], round_: str) -> tuple[list[Text], li
             running = lines_of(screen)
     if program.wait():
         sys.exit(f"pictures.py: job.py ended with {program.returncode}; its screen was:\n" + "\n".join(screen.display))
-    return running, lines_of(screen)
+    return running
 
 
 def lines_of(screen: pyte.Screen) -> list[Text]:
@@ -86,11 +86,10 @@ def main() -> None:
     project, flags = Path(sys.argv[1]), sys.argv[2:]
     rounds = int(flags[flags.index("--num_rounds") + 1])
     PICTURES.mkdir(exist_ok=True)
-    running, finished = record(project, flags, f"round {rounds // 2 + 1} of {rounds}")
+    running = record(project, flags, f"round {rounds // 2 + 1} of {rounds}")
     shown = [flag for flag in flags if not flag.startswith(("--data_root", "/"))]
     command = " ".join(["python job.py", *shown])
     draw(running, command, PICTURES / "running.svg")
-    draw(finished, command, PICTURES / "finished.svg")
     subprocess.run([sys.executable, "results.py", "--html"], cwd=project, check=True)
     photograph((project / "runs" / "latest" / "report.html").resolve(), PICTURES / "report.png")
 
