@@ -15,7 +15,7 @@ from nvflare.apis.dxo import DXO, DataKind
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from federation import receipt, report, schema, timing
+from federation import plots, receipt, report, schema, timing
 from model import LitNet
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -231,7 +231,7 @@ def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_clas
     assert all(site in labels for site in sites)
     assert all(f"class {i}" in labels for i in range(n_classes))
     assert len(page.html) < 2_000_000
-    if n_sites > report.MAX_LINES:
+    if n_sites > plots.MAX_LINES:
         assert "each site" in page.sections["learning"]
 
 
