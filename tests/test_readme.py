@@ -37,7 +37,7 @@ RUN_IN_PROJECT = {  # and what is added, where a test would take minutes
 }
 NOT_RUN_IN_PROJECT = {
     f"{JOB} --env poc": "a minute; the project's tests/test_sites.py runs it",
-    f"{JOB} --env prod --startup_kit KIT --classes classes.txt": "other machines; the project's tests/test_sites.py",
+    f"{JOB} --env prod --startup_kit KIT --classes classes.txt": "the project's tests/test_real_sites.py",
     '.venv/bin/python -m pytest -m "not federation and not slow"': "test_project.py runs it",
     ".venv/bin/python -m pytest": "minutes; test_project.py runs it in parts",
 }

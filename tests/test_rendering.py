@@ -39,7 +39,9 @@ FILES = """
     federation/fetch.py
     federation/figures.py
     federation/outcome.py
+    federation/page.py
     federation/partition.py
+    federation/plots.py
     federation/quick_start.py
     federation/receipt.py
     federation/recipes.py
@@ -62,6 +64,7 @@ FILES = """
     results.py
     settings.py
     tests/conftest.py
+    tests/mirrors.py
     tests/results_version_0.json
     tests/tabular/data.py
     tests/tabular/model.py
@@ -72,11 +75,13 @@ FILES = """
     tests/test_data.py
     tests/test_display.py
     tests/test_federation.py
+    tests/test_fetch.py
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_model.py
     tests/test_outcome.py
     tests/test_partition.py
+    tests/test_real_sites.py
     tests/test_report.py
     tests/test_results.py
     tests/test_sites.py

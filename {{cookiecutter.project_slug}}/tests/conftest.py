@@ -1,16 +1,23 @@
 """What all tests share: no network, no surroundings of the user's, a cache folder of their own."""
 
 import argparse
+import dataclasses
 import os
 import pty
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+
+from federation import catalog
+from federation.fetch import DataError
+from mirrors import Mirror, StandIn, make_bloodmnist, make_cifar10, make_fashion_mnist, md5
 
 PROJECT = Path(__file__).resolve().parent.parent
 SURROUNDINGS = ("FL_DATA_ROOT", "FL_SHARE_COUNTS", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
@@ -54,11 +61,9 @@ def no_surroundings(monkeypatch):
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch) -> Path:
     """A cache folder for this test alone, and the folder in it that will hold the data."""
-    from federation.catalog import cache_folder
-
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
-    return cache_folder()
+    return catalog.cache_folder()
 
 
 @pytest.fixture
@@ -152,3 +157,60 @@ def on_a_terminal(command: list[str], folder: Path, interrupt_at: bytes = b"") -
 @pytest.fixture
 def project(tmp_path) -> Project:
     return Project(tmp_path / "project")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def data_error(function: Callable, *arguments) -> str:
+    """The one line that the user is told where data cannot be used."""
+    with pytest.raises(DataError) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="session")
+def stand_ins() -> dict[str, StandIn]:
+    return {"cifar10": make_cifar10(), "fashion_mnist": make_fashion_mnist(), "bloodmnist": make_bloodmnist()}
+
+
+@pytest.fixture
+def publish(stand_ins, monkeypatch):
+    """publish(dataset, *mirrors): from now on the data set is its stand-in, and comes from these mirrors."""
+
+    def replace(dataset: str, *mirrors: str) -> StandIn:
+        stand_in = stand_ins[dataset]
+        files = tuple((name, md5(content)) for name, content in stand_in.files.items())
+        source = dataclasses.replace(catalog.SOURCES[dataset], files=files, mirrors=mirrors)
+        monkeypatch.setitem(catalog.SOURCES, dataset, source)
+        if dataset == "cifar10":
+            from torchvision.datasets import CIFAR10
+
+            inner = stand_in.inner_md5
+            monkeypatch.setattr(CIFAR10, "train_list", [[n, inner[n]] for n in inner if n.startswith("data_batch")])
+            monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", inner["test_batch"]]])
+            monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": inner["batches.meta"]})
+        return stand_in
+
+    return replace
+
+
+@pytest.fixture
+def mirror(stand_ins):
+    """mirror(behave): a running mirror of all stand-ins that behaves like this."""
+    started = []
+    files = {name: content for stand_in in stand_ins.values() for name, content in stand_in.files.items()}
+
+    def start(behave) -> Mirror:
+        server = Mirror(behave, files)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.test_is_over.set()
+        server.shutdown()
+        server.server_close()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import data
-from federation.fetch import DataError
+from conftest import data_error
 from federation.partition import SCHEMES, site_names
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -288,10 +288,7 @@ def test_pooled_data_is_what_the_sites_hold_together(scheme, name, run):
 
 
 def failure(site: str, run) -> str:
-    with pytest.raises(DataError) as error:
-        opened(site, run)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return data_error(opened, site, run)
 
 
 @pytest.mark.parametrize("site", ["site-4", "hospital", "site-0"])

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import data
+from conftest import data_error
 from federation import catalog
 from federation.catalog import open_split, prepare
 from federation.fetch import DataError
@@ -59,11 +60,7 @@ def reds(root: Path, split: str = "train") -> list[int]:
 
 
 def failure(root: Path | None) -> str:
-    """The one line that the user is told."""
-    with pytest.raises(DataError) as error:
-        prepare("image_folder", root, 4)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return data_error(prepare, "image_folder", root, 4)
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
