@@ -33,7 +33,6 @@ FILES = """
     federation/command_line.py
     federation/confusion.py
     federation/display.py
-    federation/environments.py
     federation/evaluation.py
     federation/fedopt.py
     federation/fetch.py
@@ -42,6 +41,7 @@ FILES = """
     federation/page.py
     federation/partition.py
     federation/plots.py
+    federation/poc.py
     federation/quick_start.py
     federation/receipt.py
     federation/recipes.py
@@ -49,12 +49,15 @@ FILES = """
     federation/resume.py
     federation/runs.py
     federation/schema.py
+    federation/server.py
+    federation/simulator.py
     federation/sites.py
     federation/telemetry.py
     federation/timing.py
     federation/tracking.py
     federation/watch.py
     federation/workers.py
+    federation/workspace.py
     install.py
     job.py
     model.py

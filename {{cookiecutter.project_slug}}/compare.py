@@ -45,6 +45,8 @@ def main() -> int:
     try:
         arguments = parser.parse_args()
         folder, result = find_run(arguments.run)
+        if result["env"] == "prod":
+            raise UsageError(f"the images of runs/{folder.name} are at its sites: compare a simulated run")
         if root := arguments.data_root or result["data_root"]:
             os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(root))
         comparison = compare(folder, result)

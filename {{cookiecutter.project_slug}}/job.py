@@ -83,7 +83,8 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     import torch
 
     import results
-    from federation import display, environments, outcome, recipes, resume, schema, tracking
+    from federation import display, outcome, recipes, resume, schema, simulator, tracking
+    from federation.workspace import RunFailed
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -106,17 +107,17 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     tracking.add_tracking(recipe, options.tracking, folder)
     recipe.export(str(folder))
     logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}  # real sites keep theirs
-    run_job = environments.simulate
-    if options.env != "sim":
-        from federation import sites
-
-        run_job = sites.rehearse if options.env == "poc" else sites.submit
+    run_job = simulator.simulate
+    if options.env == "poc":
+        from federation.poc import rehearse as run_job
+    elif options.env == "prod":
+        from federation.sites import submit as run_job
     try:
         with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
             run_job(folder / recipe.name, folder, options, follow)
         names = options.sites or list(holdings.sites)
         brought = outcome.bring_home(folder, options.num_rounds, names, options.patience, options.env != "sim")
-    except environments.RunFailed as error:
+    except RunFailed as error:
         raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
     finally:
         tracking.gather(options.tracking, folder)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from federation import timing
-from federation.environments import SERVER, RunFailed, read_rounds
 from federation.evaluation import BEST, FINAL, REPORT
 from federation.figures import weighted_mean
+from federation.workspace import SERVER, RunFailed, read_rounds
 
 
 def bring_home(

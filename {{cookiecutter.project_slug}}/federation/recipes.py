@@ -72,7 +72,7 @@ def build(options: argparse.Namespace, classes: list[str], run: Path) -> Recipe:
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
     recipe._job.to_server(FinalEvaluation(), id="final_evaluation")  # no public method does it
     recipe._job.to_server(Receipt(), id="receipt")
-    if options.env != "sim":  # there, clients that take turns have no process in between; environments.py sees to it
+    if options.env != "sim":  # there, clients that take turns have no process in between; simulator.py sees to it
         recipe.add_server_config(PATIENCE)
         recipe._job.to_server(Watch(), id="watch")
     return recipe

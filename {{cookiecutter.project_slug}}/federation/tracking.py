@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
+from federation.command_line import PROJECT
+
 TENSORBOARD = "tensorboard"  # folder of event files within the run's
 MLFLOW_STORE = f"sqlite:///{PROJECT}/runs/mlflow.db"  # one for all runs
 

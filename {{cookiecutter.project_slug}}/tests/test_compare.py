@@ -37,6 +37,7 @@ def run(tmp_path, monkeypatch, options):
             "model_class": made.model_class,
             **{name: getattr(made, name) for name in schema.CONFIGURATION},
             "max_batches": None,
+            "env": "sim",
             "device": "cpu",
             "rounds": [{"round": number, "accuracy": ACCURACY, "sites": {}} for number in range(made.num_rounds + 1)],
             "test": {"accuracy": ACCURACY, "sites": sites},
@@ -165,6 +166,12 @@ def refused(program, folder, *arguments) -> str:
 def test_no_run_is_refused(run, program, tmp_path):
     assert "there is no runs/latest: finish a run with python job.py" in refused(program, tmp_path)
     assert "there is no runs/other" in refused(program, tmp_path, "other")
+
+
+def test_a_run_of_real_sites_is_refused(run, program):
+    folder, result = run()
+    (folder / "results.json").write_text(json.dumps({**result, "env": "prod"}))
+    assert "the images of runs/first are at its sites" in refused(program, folder, "first")
 
 
 def test_an_unfinished_run_is_refused(run, program):

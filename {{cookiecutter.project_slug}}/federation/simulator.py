@@ -1,14 +1,12 @@
-"""Where a federation runs: NVFlare's simulator, on this machine. Start it, follow it, stop it, bring home."""
+"""Where a federation runs, by default: NVFlare's simulator, on this machine. Start it, follow it, end it."""
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,14 @@ import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
+from federation.command_line import PROJECT
 from federation.evaluation import REPORT
 from federation.workers import forked_clients
+from federation.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
 
-PROJECT = Path(__file__).resolve().parent.parent
 FORKS = sys.platform == "linux"  # elsewhere a fork is not safe, nor is one that goes on to use CUDA
 FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes for one client process: 0.2 and 1.1 GB were seen, with LitNet
 POLL_S = 0.2
-SERVER = Path("server", "simulate_job")  # within the workspace
-
-
-class RunFailed(Exception):
-    """The federation did not end well. The message says which site and why, the root cause first."""
 
 
 def simultaneous_clients(n_clients: int, forked: bool) -> int:
@@ -42,9 +36,7 @@ def threads_per_client(n_simultaneous: int) -> int:
     return max(1, cores // n_simultaneous)
 
 
-def simulate(
-    job: Path, run: Path, options: argparse.Namespace, follow: Callable[[str, list[dict[str, Any]]], None]
-) -> None:
+def simulate(job: Path, run: Path, options: argparse.Namespace, follow: Follow) -> None:
     """Run an exported job in NVFlare's simulator, with its output in `run/log.txt`.
 
     Args:
@@ -160,29 +152,3 @@ def _dead_client(workspace: Path) -> str | None:
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     found = re.search(r"(?:Subprocess died for|Communication error with) client ([^\s:,]+)", text)
     return found[1] if found else None
-
-
-def root_cause(workspace: Path) -> str:
-    """The error that came first at any site: the exception and the line of the project's file, then the lines that led
-    there. Empty if there is none.
-    """
-    errors = []
-    for log in workspace.glob("*/log.txt"):
-        text = log.read_text(encoding="utf-8", errors="replace")
-        for time, traceback, error in re.findall(
-            r"^(\d{4}-\S+ \S+) .*Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", text, re.MULTILINE
-        ):
-            frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
-            where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)
-            place = " ({}, line {})".format(*frames[-1][:2]) if frames else ""
-            errors.append((log.parent.name == "server", time, f"{log.parent.name} failed: {error}{place}{where}"))
-    return min(errors)[2] if errors else ""  # the server only fails after its sites
-
-
-def read_rounds(workspace: Path) -> list[dict[str, Any]]:
-    """The records that NVFlare has written so far, one a finished round."""
-    path = workspace / SERVER / "metrics" / "round_metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]

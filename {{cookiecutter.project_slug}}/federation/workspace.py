@@ -1,0 +1,41 @@
+"""What server and sites write while they work on a run, in its `workspace` folder, and what it tells."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SERVER = Path("server", "simulate_job")  # the server's own results, within the workspace
+# Called a few times a second: with what the log has got since, and the records of all rounds so far.
+Follow = Callable[[str, list[dict[str, Any]]], None]
+
+
+class RunFailed(Exception):
+    """The federation did not end well. The message says which site and why, the root cause first."""
+
+
+def read_rounds(workspace: Path) -> list[dict[str, Any]]:
+    """The records that NVFlare has written so far, one a finished round."""
+    path = workspace / SERVER / "metrics" / "round_metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def root_cause(workspace: Path) -> str:
+    """The error that came first at any site: the exception and the line of the project's file, then the lines that led
+    there. Empty if there is none.
+    """
+    errors = []
+    for log in workspace.glob("*/log.txt"):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        for time, traceback, error in re.findall(
+            r"^(\d{4}-\S+ \S+) .*Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", text, re.MULTILINE
+        ):
+            frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
+            where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)
+            place = " ({}, line {})".format(*frames[-1][:2]) if frames else ""
+            errors.append((log.parent.name == "server", time, f"{log.parent.name} failed: {error}{place}{where}"))
+    return min(errors)[2] if errors else ""  # the server only fails after its sites
