@@ -105,7 +105,11 @@ def described(options: argparse.Namespace) -> dict[str, Any]:
 def page(options: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """A table: an algorithm a row, a partition a column, mean and standard deviation over the seeds."""
     lines = [
-        f"{options['data']}, {options['n_clients']} sites, {options['num_rounds']} rounds of one local epoch.",
+        "# Accuracy",
+        "",
+        "Measured by `benchmarks/accuracy.py`; [how to read it](../README.md#accuracy).",
+        "",
+        f"Images: {options['data']}. {options['n_clients']} sites, {options['num_rounds']} rounds of one local epoch. "
         "Test accuracy of the final global model over all sites' test images: mean ± standard deviation (seeds).",
         "",
         f"| | {' | '.join(PARTITIONS)} |",

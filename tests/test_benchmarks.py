@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import accuracy
 import tables
 import timeline
 import workload
@@ -172,3 +173,29 @@ def test_a_folder_that_holds_no_images_is_refused(tmp_path):
     done = subprocess.run(command, cwd=TEMPLATE, text=True, capture_output=True)
     assert done.returncode == 2
     assert f"{tmp_path} has no folders train and test" in done.stderr
+
+
+def test_the_table_of_algorithms_has_mean_spread_and_number_of_seeds():
+    finals = [
+        ("fedavg", "iid", 0.4),
+        ("fedavg", "iid", 0.6),
+        ("fedavg", "dirichlet-0.5", 0.3),
+        ("scaffold", "iid", 0.2),
+    ]
+    rows = [{"algorithm": algorithm, "partition": partition, "final": final} for algorithm, partition, final in finals]
+    lines = accuracy.page({"data": "mine", "n_clients": 3, "num_rounds": 4}, rows).splitlines()
+    assert "| fedavg | 0.500 ± 0.141 (2) | 0.300 (1) | - |" in lines
+    assert "| scaffold | 0.200 (1) | - | - |" in lines
+
+
+def test_what_a_run_depends_on_is_in_its_name():
+    """A finished run of that name is not run again."""
+    options = accuracy.parse(["--n_clients", "3", "--num_rounds", "4"])
+    names = {
+        accuracy.command(options, algorithm, partition, seed)[0]
+        for algorithm in accuracy.ALGORITHMS
+        for partition in accuracy.PARTITIONS
+        for seed in (0, 1)
+    }
+    assert len(names) == 24
+    assert all("3x4" in name for name in names)
