@@ -53,10 +53,11 @@ def _site(run: Path, result: dict[str, Any], classes: list[str], site: str, n_im
     # isort: split
     import torch
 
+    import model as models
     from data import SiteDataModule
-    from model import LitNet
 
-    model = LitNet(num_classes=len(classes), learning_rate=result["learning_rate"])
+    name = result["model_class"] or "LitNet"  # the one that there was, for an older file
+    model = getattr(models, name)(num_classes=len(classes), learning_rate=result["learning_rate"])
     model.load_state_dict(torch.load(run / result["model"], weights_only=True))
     model.eval()
     data = SiteDataModule(site, classes, argparse.Namespace(**result, gpu=False))

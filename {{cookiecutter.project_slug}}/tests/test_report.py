@@ -16,7 +16,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from federation import plots, receipt, report, schema, timing
-from model import LitNet
+from model import LitNet, LitResNet
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SITES = ("site-1", "site-2", "site-3")
@@ -269,6 +269,11 @@ class TestTheMatrix:
         result["test"]["accuracy"] = shown
         (digits / "results.json").write_text(json.dumps(result), encoding="utf-8")
         assert "all sites had reported" not in written(digits).sections["confusion"]
+
+    def test_is_of_the_model_that_the_run_trained(self, digits):
+        (digits / "results.json").write_text(json.dumps({**schema.read(digits), "model_class": "LitResNet"}))
+        torch.save(LitResNet(num_classes=10).state_dict(), digits / "final.pt")
+        assert len(written(digits).plots()) == 5
 
     def test_is_left_out_where_the_images_are_not_here(self, digits):
         result = {**schema.read(digits), "dataset": "image_folder", "data_root": "/nowhere"}
