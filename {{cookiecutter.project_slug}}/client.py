@@ -5,6 +5,7 @@ NVFlare runs this file at every site. It is an ordinary Lightning script but for
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import federation.quick_start  # noqa: F401 (Lightning starts sooner)
 
@@ -13,7 +14,8 @@ import nvflare.client as flare_client
 import nvflare.client.lightning as flare  # (1) import NVFlare's Lightning client API
 import torch
 from nvflare.app_common.abstract.fl_model import MetaKey
-from pytorch_lightning import seed_everything
+from nvflare.app_opt.lightning.api import FLCallback
+from pytorch_lightning import Callback, seed_everything
 
 import model as models
 from data import SiteDataModule
@@ -51,33 +53,36 @@ def main() -> None:
         print("WARNING: --gpu was asked for, but this site has no CUDA GPU: training on the CPU")
     classes = Path(__file__).with_name("classes.txt").read_text(encoding="utf-8").splitlines()
 
-    data = SiteDataModule(site, classes, args)
-    data.prepare_data()
-    data.setup("fit")
-    model = getattr(models, args.model_class)(num_classes=len(classes), learning_rate=args.learning_rate)
-    model.num_rounds = args.num_rounds
-    # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
-    # Its say in the global model's accuracy is that of its validation images.
-    model.__fl_meta__ = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train, "val_images": data.n_val}
-
-    trainer = make_trainer(args, args.local_epochs, [Telemetry(args.tracking)])
-    evaluator = make_trainer(args, args.local_epochs)
-    flare.patch(trainer, restore_state=False)  # (2) patch the trainer; each round starts with a fresh optimizer
-
-    while flare.is_running():  # (3) one pass is one task of the server
+    nvflares: list[Callback] = []  # its callback alone outlives a round: it has SCAFFOLD's control variate
+    while flare.is_running():  # (3) one pass is one task of the server, and makes all that it needs anew
         input_model = flare.receive()  # (4) the global model; the patched trainer loads it by itself
-        data.round = model.round = input_model.current_round or 0
-        seed_everything(training_seed(args.seed, site, data.round), verbose=False)
+        round_ = input_model.current_round or 0
+        data = SiteDataModule(site, classes, args)
+        data.prepare_data()
+        data.setup("fit")
+        model = getattr(models, args.model_class)(num_classes=len(classes), learning_rate=args.learning_rate)
+        model.num_rounds = args.num_rounds
+        data.round = model.round = round_
+        seed_everything(training_seed(args.seed, site, round_), verbose=False)
 
         if flare_client.is_evaluate():  # the server asks what a global model is worth, nothing more
             print(f"[Site = {site}] --- evaluate global model ---")
             model.load_state_dict(input_model.params)
+            evaluator = make_trainer(args, args.local_epochs)
             metrics: dict[str, float] = {"val_images": data.n_val, "test_images": data.n_test, **data.shared_counts()}
             for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
                 metrics.update(result)
             flare_client.send(flare_client.FLModel(metrics=metrics))
             print("--- wait for the server ---")
             continue
+
+        # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
+        # Validation metrics are weighted by the number of validation images.
+        counts = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train, "val_images": data.n_val}
+        model.__fl_meta__ = {**getattr(model, "__fl_meta__", {}), **counts}
+        trainer: Any = make_trainer(args, args.local_epochs, [Telemetry(args.tracking), *nvflares])
+        flare.patch(trainer, restore_state=False)  # (2) patch the trainer
+        nvflares = [callback for callback in trainer.callbacks if isinstance(callback, FLCallback)]
 
         print(f"\n[Current Round={input_model.current_round}, Site = {site}]\n")
         print("--- validate global model ---")

@@ -5,7 +5,6 @@ Command line -> data -> recipe -> simulator, POC or sites -> `runs/<name>/` with
 
 import argparse
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federation.command_line import ALGORITHMS, PROJECT, UsageError, parse, validate
-from federation.runs import new_run
+from federation.runs import new_run, point_latest_to
 
 if TYPE_CHECKING:  # Lightning takes seconds
     from data import Holdings
@@ -45,7 +44,7 @@ def main() -> int:
         elif options.prepare_only:
             print(f"{options.dataset} is ready")
         else:
-            federate(options, holdings, new_run(options.name))
+            federate(options, holdings, new_run(options.name, options.overwrite))
         return 0
     except UsageError as error:
         print(f"job.py: {error}", file=sys.stderr)
@@ -80,10 +79,13 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     Raises:
         FederationError: a site failed.
     """
+    import shutil
+
     import torch
 
     import results
     from federation import display, outcome, recipes, resume, schema, simulator, tracking
+    from federation.files import write_json
     from federation.workspace import RunFailed
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
@@ -93,7 +95,14 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     if options.gpu and not has_gpu:
         print("WARNING: --gpu was asked for, but there is no CUDA GPU here: training on the CPU")
 
-    (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
+    try:
+        write_json(folder / "partition.json", dataclasses.asdict(holdings))
+        recipe = recipes.build(options, holdings, folder)
+        tracking.add_tracking(recipe, options.tracking, folder)
+        recipe.export(str(folder))
+    except BaseException:  # nothing has run: nothing is lost, and the name is free again
+        shutil.rmtree(folder)
+        raise
     if holdings.counts:
         results.show_holdings(holdings.counts)
     print(
@@ -103,9 +112,6 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     if options.resume:
         print(resume.note(options))
 
-    recipe = recipes.build(options, holdings.classes, folder)
-    tracking.add_tracking(recipe, options.tracking, folder)
-    recipe.export(str(folder))
     logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}  # real sites keep theirs
     run_job = simulator.simulate
     if options.env == "poc":
@@ -118,19 +124,25 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
         names = options.sites or list(holdings.sites)
         brought = outcome.bring_home(folder, options.num_rounds, names, options.patience, options.env != "sim")
     except RunFailed as error:
-        raise FederationError(f"{error}\nThe whole log: {folder}/log.txt") from None
+        raise FederationError(outcome.failure(folder, error)) from None
     finally:
         tracking.gather(options.tracking, folder)
-    if shared := brought.pop("counts"):  # real sites: each decides whether it tells
-        holdings = dataclasses.replace(holdings, counts=shared)
-        (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
-        results.show_holdings(shared)
-    if brought["lost"]:
-        print(f"\nWARNING: without a part in the final model: {', '.join(brought['lost'])}")
+    shared = brought.pop("counts")  # real sites: each decides whether it tells
     device = torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu"
-    result = schema.compose(options, brought, device, time.monotonic() - START)
-    (folder / "results.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    threads = int(os.environ.get("OMP_NUM_THREADS") or simulator.threads_per_client(options.n_clients))
+    result = schema.compose(
+        options, brought, device, None if options.env == "prod" else threads, time.monotonic() - START
+    )
+    try:  # before anything is printed: whatever goes wrong with that, the result is there
+        write_json(folder / "results.json", result, indent=2)
+        if shared:
+            write_json(folder / "partition.json", dataclasses.asdict(dataclasses.replace(holdings, counts=shared)))
+    except OSError as error:
+        raise FederationError(f"cannot write the results into {folder}: {error.strerror}") from None
+    point_latest_to(folder)
     tracking.add_global_curves(options.tracking, folder, result)
+    if shared:
+        results.show_holdings(shared)
     results.show(result)
     print(f"{folder}/results.json has all figures, {folder}/{result['model']} the model")
     return result
@@ -143,7 +155,7 @@ def export(options: argparse.Namespace, holdings: "Holdings") -> None:
     from federation import recipes, sites
 
     run = new_run(options.name)
-    recipe = recipes.build(options, holdings.classes, run)
+    recipe = recipes.build(options, holdings, run)
     recipe.export(str(run))
     sites.address(run / recipe.name, options.sites)
     shutil.copytree(run / recipe.name, options.export)
@@ -153,6 +165,7 @@ def export(options: argparse.Namespace, holdings: "Holdings") -> None:
 def check(options: argparse.Namespace) -> int:
     """One short round, on digits where the chosen data cannot be had, judged by its outcome."""
     options.n_clients, options.num_rounds, options.local_epochs = min(options.n_clients, 4), 1, 1
+    options.total_rounds = 1
     options.max_batches = 4
     try:
         try:
@@ -162,7 +175,7 @@ def check(options: argparse.Namespace) -> int:
             options.dataset, options.partition = "digits", "iid"
             os.environ.pop("FL_DATA_ROOT", None)
             holdings = get_data(options)
-        folder = new_run(options.name)
+        folder = new_run(options.name, options.overwrite)
         result = federate(options, holdings, folder)
         from federation.check import find_fault
 
@@ -172,7 +185,8 @@ def check(options: argparse.Namespace) -> int:
         print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
         return 1
     print(
-        f"\nCHECK PASSED in {time.monotonic() - START:.0f} s: one round, {options.n_clients} sites, {options.dataset}"
+        f"\nCHECK PASSED in {time.monotonic() - START:.0f} s: one round, {options.n_clients} sites, {options.dataset}\n"
+        f"It trained on {options.max_batches} batches per site: its accuracy says nothing yet"
     )
     return 0
 

@@ -59,8 +59,26 @@ def show(result: dict[str, Any]) -> None:
     worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
     figures = f"accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}"
     print(f"\nFinal test {figures}; {result['wall_s']:.0f} s in all")
+    for warning in warnings(result):
+        print(f"WARNING: {warning}")
     if result["stopped_early"]:
         print(f"stopped early: no better validation accuracy with --patience {result['patience']}")
+
+
+def warnings(result: dict[str, Any]) -> list[str]:
+    """What a reader of a run's figures has to know about the sites that they do not cover: a line each."""
+    found = []
+    if result["lost"]:
+        found.append(f"without a part in the final evaluation: {', '.join(result['lost'])}; no mean above covers them")
+    for record in result["rejected"][:MAX_ROWS]:
+        when = "an evaluation" if record["round"] is None else f"round {record['round'] + 1}"
+        found.append(f"the server rejected the answer of {record['site']} in {when}: {record['reason']}")
+    if len(result["rejected"]) > MAX_ROWS:
+        found.append(f"and {len(result['rejected']) - MAX_ROWS} more rejected answers: results.json has all")
+    for entry in result["rounds"]:
+        if missing := [site for site in entry["missing"] if site not in result["lost"]]:
+            found.append(f"the means {_after(entry['round'])} do not cover {', '.join(missing)}")
+    return found
 
 
 def new_table() -> Table:

@@ -38,6 +38,9 @@ TAKEN = (  # of a run that goes on, unless said otherwise
 )
 
 
+STAGE = ("local_epochs", "batch_size", "learning_rate")  # what a resumed run may do otherwise
+
+
 class UsageError(Exception):
     """Something to put right before anything starts: one line for the user, exit code 2."""
 
@@ -68,6 +71,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--server_learning_rate", type=float, help=f"fedopt: eta of Reddi et al. 2021 [{server[0]}]")
     add("--server_momentum", type=float, help=f"fedopt: the server's momentum, beta 1 [{server[1]}]")
     add("--patience", type=int, help="fedavg, fedprox: stop after so many rounds without a better validation accuracy")
+    add(
+        "--total_rounds",
+        type=int,
+        help="rounds that a learning-rate schedule spans, those of a later --resume included [the rounds of this run]",
+    )
     add("--resume", metavar="RUN", help="go on from the last global model of runs/RUN, with its settings")
     add("--dataset", choices=DATASETS, default=settings.DATASET, help="what to train on [%(default)s]")
     add(
@@ -93,11 +101,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--wait", type=float, default=60.0, help="prod: seconds to wait for server and sites [%(default)s]")
     add("--export", metavar="DIR", help="prod: write the job to DIR, for someone else to submit, and stop")
     add("--name", help="the run's folder is runs/NAME [date and time]")
+    add("--overwrite", action="store_true", help="replace runs/NAME, if there is one")
     add("--verbose", action="store_true", help="show NVFlare's own log")
     add("--prepare_only", action="store_true", help="get the data ready and stop")
     add("--check", action="store_true", help="see in one short round whether all works here")
     parser.set_defaults(max_batches=None)  # all; --check trains on a few
-    parser.set_defaults(first_round=0, resume_from=None)
+    parser.set_defaults(first_round=0, resume_from=None, stages=[])
     options = parser.parse_args(arguments)
     if options.resume is not None:
         made = read_run(options.resume)
@@ -105,6 +114,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(first_round=made["rounds"][-1]["round"], resume_from=made["folder"] / made["model"])
         options = parser.parse_args(arguments)
         options.resume = made["folder"].name
+        options.stages = made.get("stages") or [stage_of(made)]
+        options.planned_rounds = made.get("total_rounds", options.first_round)
+        if options.total_rounds is None:  # a longer training than planned stretches the schedule
+            options.total_rounds = max(options.planned_rounds, options.first_round + options.num_rounds)
         for name in KEPT:
             if getattr(options, name) != made[name]:
                 wanted = f"--{name} is {getattr(options, name)}, but {made[name]} in runs/{options.resume}"
@@ -127,6 +140,12 @@ def read_run(name: str) -> dict[str, Any]:
     if missing:
         raise UsageError(f"--resume {name}: its results.json has no {missing[0]!r}: another version made it")
     return {**made, "folder": folder}
+
+
+def stage_of(made: dict[str, Any]) -> dict[str, Any]:
+    """How a run was trained, for its `stages`: its rounds, and what each of them was."""
+    rounds = made["rounds"][-1]["round"] - made["rounds"][0]["round"]
+    return {"rounds": rounds, **{name: made[name] for name in STAGE}}
 
 
 def model_names() -> list[str]:
@@ -163,6 +182,12 @@ def validate(options: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{name} is a flag of {' and '.join(users)}: --algorithm {options.algorithm} has no use for it"
             )
+    n_rounds = options.first_round + options.num_rounds
+    options.total_rounds = n_rounds if options.total_rounds is None else options.total_rounds
+    if options.total_rounds < n_rounds:
+        raise UsageError(
+            f"--total_rounds is {options.total_rounds}: it must be {n_rounds} or more, as this run ends there"
+        )
     if options.patience is not None and options.patience < 1:
         raise UsageError(f"--patience is {options.patience}: it must be 1 or more")
     if options.server_momentum is not None and not 0 <= options.server_momentum < 1:
@@ -180,8 +205,7 @@ def validate(options: argparse.Namespace) -> None:
         raise UsageError(f"--model is {options.model_class!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise UsageError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")
-    if options.name == "latest" or (options.name and (PROJECT / "runs" / options.name).exists()):
-        raise UsageError(f"runs/{options.name} exists: choose another --name, or none")
+    _validate_name(options)
     if re.search(r"\s", str(PROJECT)):
         raise UsageError(f"NVFlare cannot run in a folder whose path has spaces: move the project out of '{PROJECT}'")
     own_roots = "{site}" in (options.data_root or "")
@@ -201,6 +225,18 @@ def validate(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--tracking {options.tracking} needs a package: {sys.executable} -m pip install {options.tracking}"
         )
+
+
+def _validate_name(options: argparse.Namespace) -> None:
+    if options.overwrite and not options.name:
+        raise UsageError("--overwrite replaces a run: say which with --name")
+    if options.name == "latest":
+        raise UsageError("--name latest is the link to the newest run: choose another")
+    if options.name and (PROJECT / "runs" / options.name).exists():
+        if not options.overwrite:
+            raise UsageError(f"runs/{options.name} exists: choose another --name, or add --overwrite to replace it")
+        if options.name == options.resume:
+            raise UsageError(f"--resume {options.resume} needs runs/{options.name}: choose another --name")
 
 
 def _validate_environment(options: argparse.Namespace) -> None:

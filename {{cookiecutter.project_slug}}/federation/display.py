@@ -94,19 +94,23 @@ class Progress:
             self.ends.append(now)
             took, left = duration(self.ends[-1] - self.ends[-2]), self.time_left(now, before=", ")
             done = f"{self.name(len(self.rounds))} done in {took}"
-            lines.append(f"{done}, accuracy before it {self.accuracy()}{left}")  # at most 80 columns
+            lines.append(f"{done}, {self.accuracy()}{left}")  # at most 80 columns
+            for record in self.rounds[-1].get("rejected", []):
+                lines.append(f"{record['site']}: the server rejected its answer: {record['reason']}")
         return lines
 
     def accuracy(self, site: str | None = None) -> str:
-        """The newest validation accuracy of the global model, at all sites or at one."""
-        metrics = self.rounds[-1]["aggregated_metrics"] if self.rounds else []
-        if site:
-            own = (
-                [entry["metrics"] for entry in self.rounds[-1]["sites"] if entry["name"] == site] if self.rounds else []
-            )
-            metrics = own[0] if own else []
-        value = {metric["name"]: metric["value"] for metric in metrics}.get("val_acc")
-        return "-" if value is None else f"{value:.3f}"
+        """The newest validation accuracy of the global model, at all sites or at one.
+
+        The sites validate a global model when the next round begins: it is that of the model before the last round.
+        """
+        if not self.rounds:
+            return ""
+        record = self.rounds[-1]
+        metrics = record["sites"].get(site, {}).get("metrics", {}) if site else record["metrics"]
+        value, after = metrics.get("val_acc"), self.first_round + len(self.rounds) - 1
+        known = f"accuracy {'-' if value is None else f'{value:.3f}'}"
+        return known if site else f"{known} {f'after round {after}' if after else 'untrained'}"
 
     def name(self, number: int) -> str:
         return f"round {self.first_round + number} of {self.first_round + self.num_rounds}"
@@ -139,12 +143,10 @@ class Progress:
             what, completed = self.name(done + 1), done + self.fraction()
         else:
             what, completed = "final evaluation", done
-        accuracy = f"accuracy {self.accuracy()}" if done else ""
-        head.add_row(what, ProgressBar(self.num_rounds, completed, width=24), accuracy, self.time_left(now))
+        head.add_row(what, ProgressBar(self.num_rounds, completed, width=24), self.accuracy(), self.time_left(now))
         if len(self.sites) <= MAX_ROWS:
             for name, site in self.sites.items():
-                accuracy = f"accuracy {self.accuracy(name)}" if done else ""
-                rows.add_row(name, accuracy, site.describe())
+                rows.add_row(name, self.accuracy(name), site.describe())
         else:
             for state in ("starting", *STATES.values()):
                 names = [name for name, site in self.sites.items() if site.state == state]

@@ -1,43 +1,60 @@
-"""The last step of a federation: what the sites say about the final global model, and about the best one.
+"""The record of the rounds and the last step of a federation: evaluation of the final global model, and of the best.
 
 The best model is the aggregate with the highest validation accuracy, the last one included; of equals the latest.
 Every aggregate but the last is validated by the sites at the beginning of the round that follows, so the best of them
-is known before the end, and it is tested only where the last one turns out to validate worse.
+is known before the end, and it is tested only where the last one turns out to validate worse. Two models are compared
+by the sites that validated both: after a site is lost, a mean of those left says nothing about a mean of all.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
-from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.model_controller import ModelController
 
-from federation.aggregator import VAL_IMAGES, mean_metrics
+from federation.aggregator import SITES, mean_metrics
+from federation.answers import (
+    FINAL,
+    REJECTED,
+    VAL_IMAGES,
+    global_model,
+    require_majority,
+    run_folder,
+)
+from federation.files import append_json, read_json_lines, save_tensors, write_json
 
 METRIC = "val_acc"
-FINAL, BEST, REPORT = "final.pt", "best.pt", "evaluation.json"  # in the server's run folder
+BEST, ROUNDS, REPORT = "best.pt", "rounds.jsonl", "evaluation.json"  # in the server's run folder
+
+Validation = dict[str, tuple[dict[str, Any], int]]  # site -> metrics of a model, number of validation images
 
 
 class FinalEvaluation(ModelController):
     """Runs after the training workflow, whichever algorithm that is, and follows it by its events.
 
-    Leaves plain state dicts, `final.pt` and, where another one validated better, `best.pt`: NVFlare's own files are
-    not all that (with early stopping it does not save the last aggregate, and SCAFFOLD's are no plain tensors). And
-    `evaluation.json`: `final` and `best`, each with its `round` (how many aggregations made it), its validation
-    `accuracy`, and for each site the metrics that client.py sends.
+    Leaves in the server's run folder:
+
+    - `rounds.jsonl`, one line per finished round: `round` (from 0); `metrics`: the mean over the sites; `sites`: site
+      -> `metrics` of the model that the round began with, and its numbers of `train` and `val` images; `rejected`: the
+      answers that were left out;
+    - `best.pt`, where a model before the last one validated best: a plain state dict;
+    - `evaluation.json`: `final` and `best`, each with its `round` (how many aggregations made it), its validation
+      `accuracy`, and for each site the metrics that client.py sends.
+
+    Args:
+        n_sites: how many the job was sent to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, n_sites: int) -> None:
         super().__init__()
+        self.n_sites = n_sites
         self.n_aggregations = 0
-        self.best_round, self.best_accuracy = 0, float("-inf")
+        self.best_round = 0
+        self.best: Validation = {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
@@ -47,36 +64,49 @@ class FinalEvaluation(ModelController):
         began = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         self.n_aggregations = began + 1
         result = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT)
-        if isinstance(result, Shareable):  # what FedOpt's controller hands on
-            result = FLModelUtils.from_shareable(result)
-        accuracy = (result.metrics or {}).get(METRIC)
-        if began > 0 and accuracy is not None and accuracy >= self.best_accuracy:  # 0: it is not trained yet
-            self.best_round, self.best_accuracy = began, accuracy
-            torch.save(_global_model(fl_ctx), _folder(fl_ctx) / BEST)
+        meta = result["DXO"]["meta"] if isinstance(result, Shareable) else result.meta  # FedOpt's is a Shareable
+        sites = meta.pop(SITES)
+        validation = {site: (own["metrics"], own["val"]) for site, own in sites.items()}
+        folder = run_folder(fl_ctx)
+        rejected = [record for record in read_json_lines(folder / REJECTED) if record["round"] == began]
+        metrics = mean_metrics(list(validation.values()))
+        append_json(folder / ROUNDS, {"round": began, "metrics": metrics, "sites": sites, "rejected": rejected})
+        if began > 0 and is_at_least_as_good(validation, self.best):  # 0: it is not trained yet
+            self.best_round, self.best = began, validation
+            save_tensors(folder / BEST, global_model(fl_ctx))
 
     def run(self) -> None:
-        folder, final = _folder(self.fl_ctx), _global_model(self.fl_ctx)
-        torch.save(final, folder / FINAL)
-        report = {"final": self.evaluate(final, self.n_aggregations)}
-        report["best"] = report["final"]
-        if (report["final"]["accuracy"] or 0) < self.best_accuracy:
+        folder = run_folder(self.fl_ctx)
+        final = self.evaluate(torch.load(folder / FINAL, weights_only=True), self.n_aggregations)
+        report = {"final": final, "best": final}
+        validation = {site: (metrics, metrics[VAL_IMAGES]) for site, metrics in final["sites"].items()}
+        if self.best and not is_at_least_as_good(validation, self.best):
             report["best"] = self.evaluate(torch.load(folder / BEST, weights_only=True), self.best_round)
-        (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
+        write_json(folder / REPORT, report)
 
     def evaluate(self, model: dict[str, torch.Tensor], n_aggregations: int) -> dict[str, Any]:
-        """Let all sites validate and test a model."""
+        """Let all sites validate and test a model.
+
+        Raises:
+            RunEnded: not more than half of the sites could.
+        """
         weights = {name: weight.numpy() for name, weight in model.items()}
         data = FLModel(params_type=ParamsType.FULL, params=weights)
         results = self.send_model_and_wait(task_name=AppConstants.TASK_VALIDATION, data=data)
-        sites = {result.meta["client_name"]: result.metrics for result in results}
+        sites = {result.meta["client_name"]: result.metrics for result in results if result.metrics}
+        require_majority(len(sites), self.n_sites, self.fl_ctx, evaluation=True)
         accuracy = mean_metrics([(sites[name], sites[name][VAL_IMAGES]) for name in sorted(sites)]).get(METRIC)
         return {"round": n_aggregations, "accuracy": accuracy, "sites": sites}
 
 
-def _global_model(fl_ctx: FLContext) -> dict[str, torch.Tensor]:
-    weights = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
-    return {name: torch.as_tensor(weight) for name, weight in weights.items()}
+def is_at_least_as_good(new: Validation, old: Validation) -> bool:
+    """Whether a model validates no worse than another one, at the sites that validated both.
 
-
-def _folder(fl_ctx: FLContext) -> Path:
-    return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+    True where there is nothing to compare with; False where the new one was not validated.
+    """
+    new, old = ({site: own for site, own in model.items() if METRIC in own[0] and own[1]} for model in (new, old))
+    common = sorted(new.keys() & old.keys())
+    if not new or not common:
+        return bool(new)
+    accuracies = [mean_metrics([model[site] for site in common])[METRIC] for model in (new, old)]
+    return accuracies[0] >= accuracies[1]

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 
 from federation import timing
-from federation.evaluation import BEST, FINAL, REPORT
+from federation.answers import FAILURE, FINAL, HOLDS, REJECTED
+from federation.evaluation import BEST, REPORT
 from federation.figures import weighted_mean
+from federation.files import read_json_lines
 from federation.workspace import SERVER, RunFailed, read_rounds
+
+LAST = "last.pt"  # in the folder of a run that failed
 
 
 def bring_home(
@@ -28,8 +32,9 @@ def bring_home(
         tolerant: whether sites may have been lost on the way.
 
     Returns:
-        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost` and `timing`, as federation/schema.py
-        documents them, and `counts`: site -> class -> number of images, where real sites have told, else empty.
+        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images` and `timing`, as
+        federation/schema.py documents them, and `counts`: site -> class -> number of images, where real sites have
+        told, else empty.
 
     Raises:
         RunFailed: something is missing.
@@ -45,22 +50,21 @@ def bring_home(
     final, best = evaluation["final"], evaluation["best"]
     reports = dict(sorted(final["sites"].items(), key=_by_number))
     lost = sorted(set(sites) - set(reports))
-    if lost and not tolerant:
-        raise RunFailed(f"{', '.join(lost)} did not evaluate the final model")
+    rejected = read_json_lines(server / REJECTED)
+    silent = [site for site in lost if site not in {record["site"] for record in rejected}]
+    if silent and not tolerant:
+        raise RunFailed(f"{', '.join(silent)} did not evaluate the final model")
 
     shutil.copy(server / FINAL, run)
     shutil.copy(server / (FINAL if best["round"] == final["round"] else BEST), run / BEST)
     if (receipt := server / "receipt.jsonl").exists():
         shutil.copy(receipt, run)
-    # NVFlare counts from 0 and records what the sites got: the model before the round.
-    curve = {
-        record["round"]: {s["name"]: {m["name"]: m["value"] for m in s["metrics"]} for s in record["sites"]}
-        for record in rounds
-    }
+    # A round's record, counted from 0, has what the sites said of the model that they got: the one before the round.
+    curve = {record["round"]: {site: own["metrics"] for site, own in record["sites"].items()} for record in rounds}
     curve[final["round"]] = reports
     images = {site: report["val_images"] for site, report in reports.items()} | dict.fromkeys(lost, 0)
     counts = {
-        site: {name.removeprefix("holds "): n for name, n in report.items() if name.startswith("holds ")}
+        site: {name.removeprefix(HOLDS): n for name, n in report.items() if name.startswith(HOLDS)}
         for site, report in reports.items()
     }
     return {
@@ -71,9 +75,31 @@ def bring_home(
         "sha256": fingerprint(torch.load(run / FINAL, weights_only=True)),
         "best": {"round": best["round"], "model": BEST, "test": _test(best["sites"])},
         "lost": lost,
+        "rejected": rejected,
+        "images": {
+            site: {part: own[part] for part in ("train", "val")}
+            for record in rounds
+            for site, own in record["sites"].items()
+        },
         "timing": timing.totals(timing.phases(run / "workspace")),
         "counts": counts if any(counts.values()) else {},
     }
+
+
+def failure(run: Path, error: Exception) -> str:
+    """Why a run failed and what is left of it: the server's own reason where it ended the run, else the error's.
+
+    The global model after the last finished round is brought home as `last.pt`, where there is one.
+    """
+    server = run / "workspace" / SERVER
+    reason = (
+        json.loads((server / FAILURE).read_text(encoding="utf-8"))["reason"] if (server / FAILURE).exists() else error
+    )
+    left = ""
+    if (server / FINAL).exists():
+        shutil.copy(server / FINAL, run / LAST)
+        left = f"\n{run}/{LAST} is the global model after the last round that was finished"
+    return f"{reason}{left}\nThe whole log: {run}/log.txt"
 
 
 def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
@@ -90,12 +116,14 @@ def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[st
     accuracies, losses = (
         {site: metrics.get(site, {}).get(name) for site in images} for name in ("val_acc", "val_loss")
     )
+    mean = weighted_mean(accuracies, images)
     return {
         "round": number,
-        "accuracy": weighted_mean(accuracies, images),
+        "accuracy": mean,
         "sites": accuracies,
         "loss": weighted_mean(losses, images),
         "losses": losses,
+        "missing": [] if mean is None else [site for site in images if accuracies[site] is None or not images[site]],
     }
 
 
@@ -107,17 +135,18 @@ def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
     tested = {site: test for site, test in tests.items() if test["images"]}
     images = {site: test["images"] for site, test in tested.items()}
+    rated = {site: test for site, test in tested.items() if test["accuracy"] is not None}
     return {
         "accuracy": weighted_mean({site: test["accuracy"] for site, test in tested.items()}, images),
         "loss": weighted_mean({site: test["loss"] for site, test in tested.items()}, images),
         "sites": tests,
-        "worst": min(tested, key=lambda site: tested[site]["accuracy"], default=None),
+        "worst": min(rated, key=lambda site: rated[site]["accuracy"], default=None),
     }
 
 
 def _without_gain(rounds: list[dict[str, Any]]) -> int:
     """How many rounds there have been since the one with the best validation accuracy."""
-    accuracies = [m["value"] for record in rounds for m in record["aggregated_metrics"] if m["name"] == "val_acc"]
+    accuracies = [record["metrics"]["val_acc"] for record in rounds if "val_acc" in record["metrics"]]
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
 from nvflare.app_opt.pt.recipes.fedprox import FedProxRecipe
@@ -12,7 +13,9 @@ from nvflare.app_opt.pt.recipes.scaffold import ScaffoldRecipe
 from nvflare.recipe.spec import Recipe
 
 import model as models
+from data import Holdings
 from federation.aggregator import OrderedMean, OrderedScaffold
+from federation.answers import AnswerCheck
 from federation.evaluation import METRIC, FinalEvaluation
 from federation.fedopt import StartFromCheckpoint
 from federation.receipt import Receipt
@@ -35,14 +38,15 @@ CLIENT_OPTIONS = (
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
 
 
-def build(options: argparse.Namespace, classes: list[str], run: Path) -> Recipe:
+def build(options: argparse.Namespace, holdings: Holdings, run: Path) -> Recipe:
     """The recipe of `options.algorithm`: all sites take part in each round, weighted by their training images.
 
     Args:
         options: the command line's.
-        classes: names of the classes, in order.
+        holdings: the classes, and in a simulation who has which images.
         run: the run's folder, relative to the working directory: NVFlare bundles files only by a relative path.
     """
+    classes = holdings.classes
     model_args = {"num_classes": len(classes), "learning_rate": options.learning_rate}
     torch.manual_seed(options.seed)
     if options.resume:
@@ -65,12 +69,16 @@ def build(options: argparse.Namespace, classes: list[str], run: Path) -> Recipe:
         train_args=client_arguments(options),
     )
     server = _server(recipe)
-    server.components.pop("model_selector", None)  # FinalEvaluation finds the best model, the last one among them
+    for replaced in ("model_selector", "metrics_artifact_writer"):  # FinalEvaluation does what they do
+        server.components.pop(replaced, None)
     controller = server.workflows[0].controller
     vars(controller)["_start_round" if hasattr(controller, "_start_round") else "start_round"] = options.first_round
     recipe.add_client_file(str(bundle))
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
-    recipe._job.to_server(FinalEvaluation(), id="final_evaluation")  # no public method does it
+    recipe._job.to_server(FinalEvaluation(options.n_clients), id="final_evaluation")  # no public method does it
+    images = {site: {part: len(own) for part, own in parts.items()} for site, parts in holdings.sites.items()}
+    answer_check = AnswerCheck(options.algorithm, classes, options.first_round, images or None)
+    recipe.add_server_input_filter(answer_check, tasks=[AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION])
     recipe._job.to_server(Receipt(), id="receipt")
     if options.env != "sim":  # there, clients that take turns have no process in between; simulator.py sees to it
         recipe.add_server_config(PATIENCE)
@@ -80,17 +88,21 @@ def build(options: argparse.Namespace, classes: list[str], run: Path) -> Recipe:
 
 def fedavg(options: argparse.Namespace, **shared: Any) -> FedAvgRecipe:
     """McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"."""
-    return FedAvgRecipe(aggregator=OrderedMean(), **_early_stopping(options), **shared)
+    return FedAvgRecipe(aggregator=OrderedMean(options.n_clients), **_early_stopping(options), **shared)
 
 
 def fedprox(options: argparse.Namespace, **shared: Any) -> FedProxRecipe:
     """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu weighs the pull to the global model."""
-    own = {"aggregator": OrderedMean(), "fedprox_mu": options.fedprox_mu}
+    own = {"aggregator": OrderedMean(options.n_clients), "fedprox_mu": options.fedprox_mu}
     return FedProxRecipe(**own, **_early_stopping(options), **shared)
 
 
 def scaffold(options: argparse.Namespace, **shared: Any) -> ScaffoldRecipe:
-    """Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", option II."""
+    """Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", after option II.
+
+    Not quite the paper's: there, a site takes plain SGD steps. The models of model.py have momentum, with which a
+    site's control variate is larger than its mean gradient.
+    """
     recipe = ScaffoldRecipe(**shared)
     own = OrderedScaffold(num_clients=options.n_clients, num_rounds=options.num_rounds)
     _server(recipe).workflows[0].controller = own  # the recipe takes no aggregator
@@ -104,7 +116,7 @@ def fedopt(options: argparse.Namespace, **shared: Any) -> FedOptRecipe:
     """
     sgd = {"lr": options.server_learning_rate, "momentum": options.server_momentum}
     optimizer = {"path": "torch.optim.SGD", "args": sgd}
-    recipe = FedOptRecipe(aggregator=OrderedMean(), optimizer_args=optimizer, device="cpu", **shared)
+    recipe = FedOptRecipe(aggregator=OrderedMean(options.n_clients), optimizer_args=optimizer, device="cpu", **shared)
     # NVFlare exports those of a model's arguments that it has as attributes, and the model's defaults for others.
     vars(_server(recipe).components["model"]).update(shared["model"]["args"])
     recipe._job.to_server(StartFromCheckpoint(), id="start_from_checkpoint")
@@ -128,7 +140,7 @@ def _server(recipe: Recipe) -> Any:
 def client_arguments(options: argparse.Namespace) -> str:
     """client.py's command line. NVFlare splits it at white space, so no value may contain any."""
     arguments = [f"--{name} {getattr(options, name)}" for name in CLIENT_OPTIONS]
-    arguments.append(f"--num_rounds {options.first_round + options.num_rounds}")  # with those of a run that goes on
+    arguments.append(f"--num_rounds {options.total_rounds}")
     if options.gpu:
         arguments.append("--gpu")
     if options.max_batches:

@@ -1,4 +1,4 @@
-"""Go on from a finished run's last global model: `--resume RUN`. command_line.py takes over its settings."""
+"""Resume a finished run from its last global model: `--resume RUN`. command_line.py takes over its settings."""
 
 import argparse
 import dataclasses
@@ -10,11 +10,11 @@ import model as models
 from data import Holdings
 from federation.command_line import UsageError
 
-LOST = {  # what a run that goes on begins without
-    "fedavg": "nothing is lost: the sites' optimizers start afresh in every round",
-    "fedprox": "nothing is lost: the sites' optimizers start afresh in every round",
-    "scaffold": "not carried on: the control variates, which start at zero",
-    "fedopt": "not carried on: the server's momentum, which starts at zero",
+RESTARTS = {  # what a resumed run begins without
+    "fedavg": "the sites' optimizers start afresh in every round anyway",
+    "fedprox": "the sites' optimizers start afresh in every round anyway",
+    "scaffold": "the control variates restart at zero",
+    "fedopt": "the server's momentum restarts at zero",
 }
 
 
@@ -47,5 +47,8 @@ def check(options: argparse.Namespace, holdings: Holdings) -> None:
 
 
 def note(options: argparse.Namespace) -> str:
-    """What to tell the user."""
-    return f"goes on from runs/{options.resume} after round {options.first_round}; {LOST[options.algorithm]}"
+    """What to tell the user: what restarts, and whether a learning-rate schedule is not the one that was planned."""
+    text = f"resumes runs/{options.resume} after round {options.first_round}: {RESTARTS[options.algorithm]}"
+    if options.total_rounds != options.planned_rounds:
+        text += f"\na learning-rate schedule spans {options.total_rounds} rounds now, not {options.planned_rounds}"
+    return text

@@ -12,10 +12,15 @@
 | `device` | `cpu`, or the GPU's name |
 | `fedprox_mu`, `server_learning_rate`, `server_momentum`, `patience` | flags of job.py, where the algorithm has them |
 | `tracking` | the experiment tracker |
+| `total_rounds` | what a learning-rate schedule spans |
+| `stages` | how the model was trained from the first run that `resumed` leads back to, up to this run: `rounds`, \
+`local_epochs`, `batch_size`, `learning_rate` of each run |
+| `threads` | of PyTorch, for each site; null: each site's own |
 | `resumed` | the `run` that this one goes on from, and after which `round` of it; null: none |
 | `stopped_early` | whether `patience` ended the run before `num_rounds` |
 | `rounds` | the global model on the sites' validation images after `round` = 0, 1, 2, ... rounds: `accuracy` and \
-`loss` of all sites (means weighted by images), `sites` and `losses`: site -> its accuracy, its loss |
+`loss` (means over the sites, weighted by images), `sites` and `losses`: site -> its accuracy, its loss; `missing`: \
+sites that these means do not cover |
 | `test` | the final model on the test images: `accuracy`, `loss` of all sites; `sites`: site -> `accuracy`, `loss`, \
 `images`; `worst`: the site of the lowest accuracy |
 | `model` | the file of the final model |
@@ -23,6 +28,8 @@
 `model`, its `test` |
 | `sha256` | of its tensors: `federation.outcome.fingerprint` |
 | `lost` | sites that the job was sent to and that did not evaluate the final model |
+| `rejected` | answers that the server left out: `round` (from 0; null: of an evaluation), `site`, `task`, `reason` |
+| `images` | site -> its numbers of `train` and `val` images, as it announced them: its weights in the means |
 | `timing` | site -> seconds of `start`, `computing`, `evaluating`, `waiting`; null where the logs do not say |
 | `wall_s` | seconds from the command to the end |
 | `versions` | of `python`, `nvflare`, `torch`, `lightning` |
@@ -37,7 +44,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from federation.command_line import OWN_FLAGS
+from federation.command_line import OWN_FLAGS, STAGE
 
 VERSION = 1
 CONFIGURATION = (
@@ -50,15 +57,20 @@ class ResultError(Exception):
     """A result that cannot be read; one line for the user."""
 
 
-def compose(options: argparse.Namespace, brought: dict[str, Any], device: str, wall_s: float) -> dict[str, Any]:
+def compose(
+    options: argparse.Namespace, brought: dict[str, Any], device: str, threads: int | None, wall_s: float
+) -> dict[str, Any]:
     """What is written to results.json.
 
     Args:
         options: the command line's.
         brought: what federation.outcome.bring_home has gathered, without its `counts`.
         device: `cpu`, or the GPU's name.
+        threads: of PyTorch, for each site; None: not known here.
         wall_s: seconds from the command to now.
     """
+    n_rounds = brought["rounds"][-1]["round"] - options.first_round
+    stage = {"rounds": n_rounds, **{name: getattr(options, name) for name in STAGE}}
     return {
         "version": VERSION,
         "dataset": options.dataset,
@@ -68,10 +80,13 @@ def compose(options: argparse.Namespace, brought: dict[str, Any], device: str, w
         "resumed": {"run": options.resume, "round": options.first_round} if options.resume else None,
         "env": options.env,
         **{name: getattr(options, name) for name in CONFIGURATION},
+        "total_rounds": options.total_rounds,
+        "stages": [*options.stages, stage],
         "data_root": options.data_root,
         "tracking": options.tracking,
         "max_batches": options.max_batches,
         "device": device,
+        "threads": threads,
         **brought,
         "wall_s": round(wall_s, 2),
         "versions": versions(),
@@ -104,8 +119,21 @@ def read(run: Path) -> dict[str, Any]:
     for entry in result["rounds"]:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
-    missing = dict.fromkeys(("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing"))
+        entry.setdefault("missing", [])
+    unknown = (
+        "model_class",
+        "best",
+        "resumed",
+        "max_batches",
+        "data_root",
+        "sha256",
+        "timing",
+        "threads",
+        "total_rounds",
+    )
+    missing = dict.fromkeys(unknown)
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
+    usual |= {"rejected": [], "images": {}, "stages": []}
     return {**usual, **missing, **result}
 
 

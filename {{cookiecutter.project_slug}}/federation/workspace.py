@@ -1,10 +1,12 @@
 """What server and sites write while they work on a run, in its `workspace` folder, and what it tells."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from federation.evaluation import ROUNDS
+from federation.files import read_json_lines
 
 SERVER = Path("server", "simulate_job")  # the server's own results, within the workspace
 # Called a few times a second: with what the log has got since, and the records of all rounds so far.
@@ -16,12 +18,8 @@ class RunFailed(Exception):
 
 
 def read_rounds(workspace: Path) -> list[dict[str, Any]]:
-    """The records that NVFlare has written so far, one a finished round."""
-    path = workspace / SERVER / "metrics" / "round_metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of the rounds so far, as federation/evaluation.py describes them."""
+    return read_json_lines(workspace / SERVER / ROUNDS)
 
 
 def root_cause(workspace: Path) -> str:

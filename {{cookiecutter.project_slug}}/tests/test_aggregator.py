@@ -13,7 +13,8 @@ from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
-from federation.aggregator import OrderedMean, mean_metrics
+from federation.aggregator import SITES, OrderedMean, mean_metrics
+from federation.answers import AnswerCheck, RunEnded
 from federation.evaluation import FinalEvaluation
 
 IMAGES = {"site-1": 288, "site-2": 575, "site-10": 31, "site-3": 7, "site-4": 1}
@@ -33,7 +34,7 @@ def results(images=IMAGES) -> list[FLModel]:
 
 
 def mean_of(arriving: list[FLModel]) -> FLModel:
-    aggregator = OrderedMean()
+    aggregator = OrderedMean(len(IMAGES))
     for result in arriving:
         aggregator.accept_model(result)
     return aggregator.aggregate_model()
@@ -60,8 +61,8 @@ def test_the_order_of_arrival_changes_no_bit():
 
 
 def test_a_round_forgets_the_one_before():
-    first, second = results(), results({"site-1": 5, "site-2": 6})
-    aggregator = OrderedMean()
+    first, second = results(), results({"site-1": 5, "site-2": 6, "site-3": 7})
+    aggregator = OrderedMean(len(IMAGES))
     for result in first:
         aggregator.accept_model(result)
     aggregator.reset_stats()
@@ -93,14 +94,17 @@ def test_the_mean_of_metrics(sites, mean):
     assert mean_metrics(sites) == mean
 
 
-def test_the_record_of_a_round_names_the_sites_in_order():
-    sites = mean_of(results()).meta[AppConstants.METRICS_AGGREGATION_INFO]["sites"]
-    assert [site["name"] for site in sites] == sorted(IMAGES)
-    assert [site["weight"] for site in sites] == [IMAGES[name] for name in sorted(IMAGES)]
+def test_a_mean_says_what_it_is_made_of():
+    sites = mean_of(results()).meta[SITES]
+    assert list(sites) == sorted(IMAGES)
+    assert {name: (own["train"], own["val"]) for name, own in sites.items()} == {
+        n: (i, i // 4) for n, i in IMAGES.items()
+    }
+    assert sites["site-3"]["metrics"] == results()[3].metrics
 
 
-def evaluate(folder, rounds: list[float], final: float, first_round: int = 0) -> tuple[dict, list]:
-    """Play a run: the validation accuracy that each round began with, and that of the final model.
+def evaluate(folder, rounds: list[dict], final: dict, first_round: int = 0, n_sites: int = 2) -> tuple[dict, list]:
+    """Play a run: the accuracy of each site, by its name, for what each round began with, and for the final model.
 
     Returns evaluation.json, and the models that the sites were given, each a number: how many aggregations made it.
     """
@@ -108,7 +112,7 @@ def evaluate(folder, rounds: list[float], final: float, first_round: int = 0) ->
     workspace = SimpleNamespace(get_run_dir=lambda _: folder)
     context.get_engine = lambda: SimpleNamespace(get_workspace=lambda: workspace)
     accuracies = dict(enumerate([*rounds, final], start=first_round))
-    evaluation = FinalEvaluation()
+    evaluation, check = FinalEvaluation(n_sites), AnswerCheck("fedavg", [], first_round)
     evaluation.fl_ctx = context
 
     def global_model(number):
@@ -118,17 +122,22 @@ def evaluate(folder, rounds: list[float], final: float, first_round: int = 0) ->
     def ask_the_sites(task_name, data):
         number = data.params["made of"].item()
         asked.append(number)
-        metrics = {"val_acc": accuracies[number], "val_images": 5}
-        return [FLModel(metrics=metrics, meta={"client_name": name}) for name in ("site-2", "site-1")]
+        return [
+            FLModel(metrics={"val_acc": accuracy, "val_images": 5}, meta={"client_name": name})
+            for name, accuracy in reversed(accuracies[number].items())
+        ]
 
     evaluation.send_model_and_wait = ask_the_sites
     for number in range(first_round, first_round + len(rounds)):
         global_model(number)
         context.set_prop(AppConstants.CURRENT_ROUND, number, private=True, sticky=True)
-        result = FLModel(params={"w": 0}, metrics={"val_acc": accuracies[number]})
+        sites = {site: {"metrics": {"val_acc": a}, "train": 9, "val": 5} for site, a in accuracies[number].items()}
+        result = FLModel(params={"w": 0}, meta={SITES: sites})
         context.set_prop(AppConstants.AGGREGATION_RESULT, result, private=True, sticky=False)
         evaluation.handle_event(AppEventType.AFTER_AGGREGATION, context)
-    global_model(first_round + len(rounds))
+        assert SITES not in result.meta  # it would be sent to every site
+        global_model(number + 1)
+        check.handle_event(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE, context)
     evaluation.run()
     report = json.loads((folder / "evaluation.json").read_text())
     kept = {
@@ -138,6 +147,10 @@ def evaluate(folder, rounds: list[float], final: float, first_round: int = 0) ->
     for which, file in kept.items():
         assert torch.load(folder / file, weights_only=True) == {"made of": torch.tensor([report[which]["round"]])}
     return report, asked
+
+
+def both(accuracy: float) -> dict[str, float]:
+    return {"site-1": accuracy, "site-2": accuracy}
 
 
 BEST = {
@@ -152,12 +165,36 @@ BEST = {
 
 @pytest.mark.parametrize("case", BEST)
 def test_the_best_model_is(tmp_path, case):
-    rounds, final, best, asked = BEST[case]
-    report, evaluated = evaluate(tmp_path, rounds, final)
+    accuracies, final, best, asked = BEST[case]
+    rounds = [both(accuracy) for accuracy in accuracies]
+    report, evaluated = evaluate(tmp_path, rounds, both(final))
     assert (report["final"]["round"], report["best"]["round"]) == (len(rounds), best)
     assert evaluated == asked  # the sites test the best model only where it is not the last one
 
 
 def test_a_run_that_goes_on_begins_with_a_trained_model(tmp_path):
-    report, evaluated = evaluate(tmp_path, [0.8, 0.4], 0.6, first_round=2)
+    report, evaluated = evaluate(tmp_path, [both(0.8), both(0.4)], both(0.6), first_round=2)
     assert (report["final"]["round"], report["best"]["round"], evaluated) == (4, 2, [4, 2])
+
+
+def test_two_models_are_compared_by_the_sites_that_validated_both(tmp_path):
+    """Without the site that finds it hard, the mean of the last model is higher, though it is the worse one."""
+    rounds = [
+        {"site-1": 0.1, "site-2": 0.1, "site-3": 0.1},
+        {"site-1": 0.9, "site-2": 0.8, "site-3": 0.1},
+        {"site-1": 0.8, "site-2": 0.7},
+    ]
+    report, _ = evaluate(tmp_path, rounds, {"site-1": 0.7, "site-2": 0.7}, n_sites=3)
+    assert report["best"]["round"] == 1
+
+
+def test_the_record_of_a_round_has_what_each_site_said(tmp_path):
+    evaluate(tmp_path, [{"site-1": 0.25, "site-2": 0.75}], both(0.5))
+    (record,) = map(json.loads, (tmp_path / "rounds.jsonl").read_text().splitlines())
+    assert (record["round"], record["metrics"], record["rejected"]) == (0, {"val_acc": 0.5}, [])
+    assert record["sites"]["site-2"] == {"metrics": {"val_acc": 0.75}, "train": 9, "val": 5}
+
+
+def test_an_evaluation_by_half_of_the_sites_ends_the_run(tmp_path):
+    with pytest.raises(RunEnded, match="final evaluation: 2 of 4 sites sent a usable answer"):
+        evaluate(tmp_path, [both(0.1)], both(0.2), n_sites=4)

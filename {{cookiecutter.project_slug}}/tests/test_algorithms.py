@@ -148,14 +148,15 @@ def test_the_newest_run_goes_on_under_its_own_name(runs):
 EXPORT = """
 from pathlib import Path
 import federation.quick_start
+from data import Holdings
 from federation import recipes
 from federation.command_line import parse, validate
 for algorithm in recipes.ALGORITHMS:
     options = parse(["--algorithm", algorithm, "--num_rounds", "3"])
-    validate(options)
     options.first_round = 2
+    validate(options)
     Path(algorithm).mkdir()
-    recipes.build(options, ["cat", "dog", "owl"], Path(algorithm)).export(algorithm)
+    recipes.build(options, Holdings(["cat", "dog", "owl"], {}, {}), Path(algorithm)).export(algorithm)
 """
 
 

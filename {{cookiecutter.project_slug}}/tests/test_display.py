@@ -31,14 +31,14 @@ def progress(tmp_path):
     return make
 
 
-def record(number, accuracy, **sites):
-    """NVFlare's record of a round."""
-
-    def named(value):
-        return [{"name": "val_loss", "value": 1.0}, {"name": "val_acc", "value": value}]
-
-    own = [{"name": name.replace("_", "-"), "metrics": named(value)} for name, value in sites.items()]
-    return {"round": number, "aggregated_metrics": named(accuracy), "sites": own}
+def record(number, accuracy, rejected=(), **sites):
+    """The server's record of a round."""
+    own = {
+        name.replace("_", "-"): {"metrics": {"val_loss": 1.0, "val_acc": value}, "train": 8, "val": 2}
+        for name, value in sites.items()
+    }
+    metrics = {"val_loss": 1.0, "val_acc": accuracy}
+    return {"round": number, "metrics": metrics, "sites": own, "rejected": list(rejected)}
 
 
 def screen(progress, now=0.0, width=80):
@@ -101,7 +101,7 @@ def test_a_round_gives_a_line_and_the_newest_accuracies(progress, site):
     site("site-1", "--- validate global model ---")
     assert run.update([], 100.0) == []
     lines = run.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 110.0)
-    assert lines == ["round 1 of 3 done in 10 s, accuracy before it 0.250, 20 s left"]
+    assert lines == ["round 1 of 3 done in 10 s, accuracy 0.250 untrained, 20 s left"]
     assert run.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 111.0) == []
     shown = "\n".join(screen(run, 115.0))
     assert "round 2 of 3" in shown and "15 s left" in shown
@@ -118,6 +118,22 @@ def test_rounds_that_end_between_two_looks_have_a_line_each(progress):
     assert "final evaluation" in "\n".join(screen(run))
 
 
+def test_an_accuracy_names_the_model_that_it_is_of(progress):
+    """The sites validate a global model when the next round begins, so that the newest one is not known yet."""
+    run = progress()
+    assert "accuracy 0.100 untrained" in run.update([record(0, 0.1)], 1.0)[0]
+    assert "accuracy 0.100 untrained" in "\n".join(screen(run))
+    assert "accuracy 0.600 after round 1" in run.update([record(0, 0.1), record(1, 0.6)], 2.0)[0]
+    assert "accuracy 0.600 after round 1" in "\n".join(screen(run))
+
+
+def test_a_rejected_answer_is_told_below_its_round(progress):
+    reason = "tensor model.fc1.weight is not finite"
+    rejected = [{"round": 0, "site": "site-2", "task": "train", "reason": reason}]
+    lines = progress().update([record(0, 0.25, rejected, site_1=0.25)], 1.0)
+    assert lines[1:] == [f"site-2: the server rejected its answer: {reason}"]
+
+
 def test_the_first_rounds_time_comes_from_its_steps(progress, site):
     run = progress(2, num_rounds=2)
     site("site-1", "--- train new model ---", "step 50 of 100, 5.0 steps/s")
@@ -129,8 +145,8 @@ def test_the_first_rounds_time_comes_from_its_steps(progress, site):
 
 def test_metrics_of_other_names_are_no_fault(progress):
     run = progress()
-    other = {"round": 0, "aggregated_metrics": [], "sites": []}
-    assert "accuracy before it -" in run.update([other], 0.0)[0]
+    other = {"round": 0, "metrics": {}, "sites": {}}
+    assert "accuracy - untrained" in run.update([other], 0.0)[0]
     screen(run)
 
 
@@ -179,7 +195,7 @@ from pathlib import Path
 from federation.display import follow
 with follow({"site-1": Path(sys.argv[1])}, 2, verbose=False) as show:
     show("", [])
-    show("", [{"round": 0, "aggregated_metrics": [{"name": "val_acc", "value": 0.25}], "sites": []}])
+    show("", [{"round": 0, "metrics": {"val_acc": 0.25}, "sites": {}}])
     if sys.argv[2] != "none":
         raise {"interrupt": KeyboardInterrupt, "failure": ValueError}[sys.argv[2]]
 print("the end")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from federation.outcome import bring_home
+from federation.outcome import bring_home, failure
 from federation.workspace import SERVER, RunFailed
 
 NAMES = ("val_acc", "val_loss", "val_images", "test_acc", "test_loss", "test_images")
@@ -15,14 +15,25 @@ REPORTS = {
 }
 
 
+def write_rounds(run, records):
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (run / "workspace" / SERVER / "rounds.jsonl").write_text(text)
+
+
+def reports(run, sites):
+    """Replace the final evaluation."""
+    final = {"round": 1, "accuracy": None, "sites": sites}
+    (run / "workspace" / SERVER / "evaluation.json").write_text(json.dumps({"final": final, "best": final}))
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of one round, as NVFlare's server and FinalEvaluation leave it."""
     server = tmp_path / "workspace" / SERVER
-    (server / "metrics").mkdir(parents=True)
-    metrics = [{"name": "val_acc", "value": 0.1}, {"name": "val_loss", "value": 2.3}]
-    record = {"round": 0, "aggregated_metrics": metrics, "sites": [{"name": s, "metrics": metrics} for s in REPORTS]}
-    (server / "metrics" / "round_metrics.jsonl").write_text(json.dumps(record) + "\n")
+    server.mkdir(parents=True)
+    metrics = {"val_acc": 0.1, "val_loss": 2.3}
+    sites = {site: {"metrics": metrics, "train": 40, "val": report["val_images"]} for site, report in REPORTS.items()}
+    write_rounds(tmp_path, [{"round": 0, "metrics": metrics, "sites": sites, "rejected": []}])
     final = {"round": 1, "accuracy": 0.8, "sites": REPORTS}
     (server / "evaluation.json").write_text(json.dumps({"final": final, "best": final}))
     torch.save({"w": torch.ones(2)}, server / "final.pt")
@@ -54,3 +65,67 @@ def test_a_run_without_a_final_evaluation_is_a_fault(run):
     (run / "workspace" / SERVER / "evaluation.json").unlink()
     with pytest.raises(RunFailed, match="no site evaluated the final model"):
         bring_home(run, 1, list(REPORTS))
+
+
+def test_a_model_that_logs_no_accuracy_has_a_result_without_one(run):
+    reports(run, {site: {"val_images": 5, "test_images": 5, "test_loss": 1.5} for site in REPORTS})
+    home = bring_home(run, 1, list(REPORTS))
+    assert (home["test"]["accuracy"], home["test"]["loss"], home["test"]["worst"]) == (None, 1.5, None)
+    assert home["rounds"][1]["accuracy"] is None
+    assert home["rounds"][1]["missing"] == []
+
+
+def test_one_accuracy_that_is_missing_is_not_the_worst(run):
+    some = {"site-2": REPORTS["site-2"], "site-10": {"val_images": 5, "test_images": 5}}
+    reports(run, some)
+    assert bring_home(run, 1, list(REPORTS))["test"]["worst"] == "site-2"
+
+
+def test_a_round_says_which_sites_its_means_do_not_cover(run):
+    sites = {"site-2": {"metrics": {"val_acc": 0.1}, "train": 40, "val": 30}}
+    write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.1}, "sites": sites, "rejected": []}])
+    first, last = bring_home(run, 1, [*REPORTS, "site-3"], tolerant=True)["rounds"]
+    assert (first["missing"], last["missing"]) == (["site-10", "site-3"], ["site-3"])
+    assert first["accuracy"] == 0.1
+
+
+def test_the_rounds_before_a_site_was_lost_are_means_over_those_that_stayed(run):
+    own = {"train": 40, "val": 30}
+    sites = {"site-2": {"metrics": {"val_acc": 0.5}, **own}, "site-3": {"metrics": {"val_acc": 0.9}, **own}}
+    write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.7}, "sites": sites, "rejected": []}])
+    reports(run, {"site-2": REPORTS["site-2"]})
+    first, _ = bring_home(run, 1, ["site-2", "site-3"], tolerant=True)["rounds"]
+    assert first["accuracy"] == 0.5
+
+
+def test_a_site_whose_last_answer_was_rejected_is_no_reason_to_fail(run):
+    rejected = {
+        "round": None,
+        "site": "site-3",
+        "task": "validate",
+        "reason": "val_acc is 7, which is not within 0 to 1",
+    }
+    (run / "workspace" / SERVER / "rejected.jsonl").write_text(json.dumps(rejected) + "\n")
+    home = bring_home(run, 1, [*REPORTS, "site-3"])
+    assert (home["rejected"], home["lost"]) == ([rejected], ["site-3"])
+
+
+def test_a_run_that_the_server_ended_fails_with_the_servers_reason_and_keeps_the_last_model(run):
+    assert failure(run, RunFailed("the simulator ended with code 2")).startswith("the simulator ended with code 2\n")
+    server = run / "workspace" / SERVER
+    (server / "failure.json").write_text(json.dumps({"reason": "the global model is not finite after round 2"}))
+    told = failure(run, RunFailed("the simulator ended with code 2")).splitlines()
+    assert told[0] == "the global model is not finite after round 2"
+    assert torch.equal(torch.load(run / "last.pt", weights_only=True)["w"], torch.ones(2))
+    (server / "final.pt").unlink()
+    assert "last.pt" not in failure(run, RunFailed("early"))
+
+
+def test_patience_counts_the_rounds_since_the_best(run):
+    accuracies = [0.1, 0.5, 0.3, 0.5]  # of equals, the first
+    write_rounds(
+        run, [{"round": k, "metrics": {"val_acc": a}, "sites": {}, "rejected": []} for k, a in enumerate(accuracies)]
+    )
+    with pytest.raises(RunFailed, match="only 4 of 9 rounds were finished"):
+        bring_home(run, 9, list(REPORTS), patience=3)
+    assert bring_home(run, 9, list(REPORTS), patience=2)["stopped_early"]

@@ -1,0 +1,176 @@
+"""The server trusts nobody: each answer of a site is checked as it arrives, and what fails is left out.
+
+The rule: a round needs usable answers of more than half of the sites that the job was sent to. With fewer, and where
+the global model is not finite, the run ends at once.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import MetaKey
+from nvflare.app_common.abstract.model import ModelLearnableKey
+from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+
+from federation.exchange import count_fault, metric_fault, specs_of, tensor_fault
+from federation.files import append_json, read_json_lines, save_tensors, write_json
+
+REJECTED, FAILURE = "rejected.jsonl", "failure.json"  # in the server's run folder
+FINAL = "final.pt"
+VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # how client.py names a site's numbers of images
+HOLDS = "holds "  # and, before the name of a class, how many images of it a site has
+HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # where numbers grew beyond all bounds
+MAX_REASONS = 3  # that a message lists
+
+
+class RunEnded(Exception):
+    """The server ends the run: one line for the user."""
+
+
+class AnswerCheck(Filter):
+    """Checks each answer of a site on arrival, and the global model after each round.
+
+    An answer that fails is emptied, which every workflow takes for none, and noted in `rejected.jsonl`: its `round`
+    (from 0; null for an evaluation), `site`, `task` and the `reason`. The global model after the last round in which
+    it was finite is in `final.pt`.
+
+    Args:
+        algorithm: job.py's `--algorithm`.
+        classes: the federation's.
+        first_round: the number of the first round.
+        images: site -> its numbers of `train`, `val` and `test` images, where they are known beforehand, as in a
+            simulation. Elsewhere a site announces them with its first answer.
+    """
+
+    def __init__(
+        self,
+        algorithm: str,
+        classes: list[str],
+        first_round: int = 0,
+        images: dict[str, dict[str, int]] | None = None,
+    ):
+        super().__init__()
+        self.algorithm, self.classes, self.first_round, self.images = algorithm, classes, first_round, images
+        self.announced = {site: dict(counts) for site, counts in (images or {}).items()}
+        self.round = first_round
+        self.specs: Any = {}
+        self.lock = threading.Lock()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        super().handle_event(event_type, fl_ctx)
+        if event_type == AppEventType.INITIAL_MODEL_LOADED:
+            self.specs = specs_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
+        elif event_type == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE:
+            self.round += 1
+            model = global_model(fl_ctx)
+            if all(torch.isfinite(tensor).all() for tensor in model.values()):
+                save_tensors(run_folder(fl_ctx) / FINAL, model)
+            else:
+                reason = f"the global model is not finite after round {self.round}: {HINT}"
+                write_json(run_folder(fl_ctx) / FAILURE, {"reason": reason})
+                self.system_panic(reason, fl_ctx)
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        if shareable.get_return_code(ReturnCode.OK) != ReturnCode.OK:  # it says itself that it is none
+            return shareable
+        site = fl_ctx.get_peer_context().get_identity_name()
+        task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
+        with self.lock:
+            reason = self.find_fault(site, task, shareable)
+            if reason:
+                round_ = self.round if task == AppConstants.TASK_TRAIN else None
+                record = {"round": round_, "site": site, "task": task, "reason": reason}
+                append_json(run_folder(fl_ctx) / REJECTED, record)
+                self.log_warning(fl_ctx, f"rejected the answer of {site}: {reason}")
+                DXO(DataKind.WEIGHTS, data={}).update_shareable(shareable)
+        return shareable
+
+    def find_fault(self, site: str, task: str, answer: Shareable) -> str | None:
+        """What is wrong with an answer, in a few words, or None."""
+        try:
+            content = from_shareable(answer)
+        except (TypeError, ValueError) as error:
+            return f"it cannot be read ({error})"
+        if task == AppConstants.TASK_TRAIN:
+            return self._training_fault(site, answer, content)
+        if content.data_kind != DataKind.METRICS:
+            return "its metrics are missing"
+        return self._evaluation_fault(site, content.data)
+
+    def _training_fault(self, site: str, answer: Shareable, content: DXO) -> str | None:
+        meta = content.meta
+        if (number := answer.get_header(AppConstants.CURRENT_ROUND)) != self.round:
+            return f"it is of round {number}, not {self.round}"
+        counts = {"train": meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND), "val": meta.get(VAL_IMAGES)}
+        controls = meta.get(AlgorithmConstants.SCAFFOLD_CTRL_DIFF)
+        return (
+            tensor_fault(content.data, self.specs)
+            or metric_fault(meta.get(MetaKey.INITIAL_METRICS))
+            or (tensor_fault(controls, self.specs, complete=False) if self.algorithm == "scaffold" else None)
+            or self._count_fault(site, counts)
+        )
+
+    def _evaluation_fault(self, site: str, metrics: Any) -> str | None:
+        if fault := metric_fault(metrics):
+            return fault
+        for name, count in metrics.items():
+            if name.startswith(HOLDS):
+                if name.removeprefix(HOLDS) not in self.classes:
+                    return f"it has images of an unknown class {name.removeprefix(HOLDS)!r}"
+                if fault := count_fault(name, count, 0, None):
+                    return fault
+        return self._count_fault(site, {"val": metrics.get(VAL_IMAGES), "test": metrics.get(TEST_IMAGES)})
+
+    def _count_fault(self, site: str, counts: dict[str, Any]) -> str | None:
+        announced = self.announced.setdefault(site, {})
+        for part, count in counts.items():
+            if fault := count_fault(f"its number of {part} images", count, int(part == "train"), announced.get(part)):
+                return fault
+        self.announced[site] = {**counts, **announced}
+        return None
+
+
+def require_majority(n_answers: int, n_sites: int, fl_ctx: FLContext, evaluation: bool = False) -> None:
+    """End the run unless more than half of the sites have given an answer that can be used.
+
+    Args:
+        n_answers: how many have.
+        n_sites: how many the job was sent to.
+        fl_ctx: NVFlare's.
+        evaluation: whether they were asked to evaluate a model, not to train in a round.
+
+    Raises:
+        RunEnded: too few. The reason is in `failure.json` too.
+    """
+    if 2 * n_answers > n_sites:
+        return
+    folder = run_folder(fl_ctx)
+    round_ = None if evaluation else fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+    what = "final evaluation" if round_ is None else f"round {round_ + 1}"
+    reason = f"{what}: {n_answers} of {n_sites} sites sent a usable answer, and more than half must"
+    rejected = [record for record in read_json_lines(folder / REJECTED) if record["round"] == round_]
+    if rejected:
+        reasons = sorted(f"{record['site']}: {record['reason']}" for record in rejected)
+        reason += f" ({'; '.join(reasons[:MAX_REASONS])}{'; ...' if len(reasons) > MAX_REASONS else ''})"
+    if "not finite" in reason:
+        reason += f": {HINT}"
+    write_json(folder / FAILURE, {"reason": reason})
+    raise RunEnded(reason)
+
+
+def global_model(fl_ctx: FLContext) -> dict[str, torch.Tensor]:
+    """The global model's state dict, on the CPU."""
+    weights = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
+    return {name: torch.as_tensor(weight) for name, weight in weights.items()}
+
+
+def run_folder(fl_ctx: FLContext) -> Path:
+    """Where the server writes what belongs to this job."""
+    return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))

@@ -1,0 +1,232 @@
+"""What the server does with a site's answer: it trusts none of it."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
+from nvflare.app_common.abstract.model import make_model_learnable
+from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+
+from federation.aggregator import OrderedMean, OrderedScaffold
+from federation.answers import AnswerCheck, RunEnded
+
+WEIGHTS = {"w": np.ones((2, 3), dtype=np.float32), "n": np.array(3)}
+CONTROLS = {"w": np.zeros((2, 3), dtype=np.float32)}
+METRICS = {"val_acc": 0.5, "val_loss": 1.5}
+IMAGES = {"site-1": {"train": 8, "val": 2, "test": 3}}
+
+
+class Server:
+    """As much of NVFlare's server as a check sees."""
+
+    def __init__(self, folder, algorithm="fedavg", images=IMAGES):
+        self.folder, self.panics = folder, []
+        self.check = AnswerCheck(algorithm, ["cat", "dog"], 0, images)
+        self.check.system_panic = lambda reason, fl_ctx: self.panics.append(reason)
+        self.model = WEIGHTS
+        self.fire(AppEventType.INITIAL_MODEL_LOADED)
+
+    def context(self, site="site-1", task="train") -> FLContext:
+        context, peer = FLContext(), FLContext()
+        workspace = SimpleNamespace(get_run_dir=lambda _: self.folder)
+        context.get_engine = lambda: SimpleNamespace(get_workspace=lambda: workspace, fire_event=lambda *_: None)
+        peer.get_identity_name = lambda default="": site
+        context.get_peer_context = lambda: peer
+        context.set_prop(FLContextKey.TASK_NAME, task, private=True, sticky=False)
+        context.set_prop(AppConstants.CURRENT_ROUND, self.check.round, private=True, sticky=False)
+        context.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(self.model, {}), private=True, sticky=False)
+        return context
+
+    def fire(self, event) -> None:
+        self.check.handle_event(event, self.context())
+
+    def receive(self, answer: Shareable, site="site-1", task="train") -> str | None:
+        """Why an answer is rejected; None if it is not."""
+        before = self.rejected()
+        arrived = self.check.process(answer, self.context(site, task))
+        new = self.rejected()[len(before) :]
+        if not new:
+            return None
+        assert from_shareable(arrived).data == {}  # nothing of it is left
+        assert (new[0]["site"], new[0]["task"]) == (site, task)
+        return new[0]["reason"]
+
+    def rejected(self) -> list[dict]:
+        file = self.folder / "rejected.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def server(tmp_path):
+    return lambda *arguments, **more: Server(tmp_path, *arguments, **more)
+
+
+def trained(weights=WEIGHTS, metrics=METRICS, round_=0, **meta) -> Shareable:
+    """A site's answer after training, as client.py sends it."""
+    told = {MetaKey.NUM_STEPS_CURRENT_ROUND: 8, "val_images": 2, **meta, MetaKey.INITIAL_METRICS: metrics}
+    answer = DXO(DataKind.WEIGHTS, data=weights, meta=told).to_shareable()
+    answer.set_header(AppConstants.CURRENT_ROUND, round_)
+    return answer
+
+
+def evaluated(**metrics) -> Shareable:
+    """A site's answer after an evaluation."""
+    told = {"val_images": 2, "test_images": 3, "val_acc": 0.5, "test_acc": 0.5, **metrics}
+    return DXO(DataKind.METRICS, data=told).to_shareable()
+
+
+def changed(**tensors) -> dict:
+    return {**WEIGHTS, **tensors}
+
+
+def test_a_sound_answer_passes_as_it_is(server):
+    server = server()
+    answer = trained(own_meta="text")
+    assert server.receive(answer) is None
+    assert from_shareable(answer).data == WEIGHTS and from_shareable(answer).meta["own_meta"] == "text"
+    assert server.receive(evaluated(**{"holds cat": 4, "holds dog": 0}), task="validate") is None
+    assert server.receive(trained(metrics={"f1": float("nan"), **METRICS})) is None  # of one metric of the user's
+
+
+NAN = np.array([[1, 2, np.nan], [4, 5, 6]], dtype=np.float32)
+COUNT = MetaKey.NUM_STEPS_CURRENT_ROUND
+UNSOUND = {
+    "a weight that is not a number": (trained(changed(w=NAN)), "tensor w is not finite"),
+    "an infinite weight": (trained(changed(w=NAN * np.inf)), "tensor w is not finite"),
+    "a shape that would be broadcast": (trained(changed(w=WEIGHTS["w"][:1])), "tensor w has shape (1, 3), not (2, 3)"),
+    "a larger shape": (trained(changed(w=np.ones((4, 3), np.float32))), "tensor w has shape (4, 3), not (2, 3)"),
+    "another dtype": (trained(changed(w=WEIGHTS["w"].astype(np.float64))), "tensor w is float64, not float32"),
+    "a foreign tensor": (trained(changed(extra=np.ones(2))), "tensor extra is not part of the model"),
+    "a missing tensor": (trained({"w": WEIGHTS["w"]}), "tensor n is missing"),
+    "text for a tensor": (trained(changed(w="weights")), "w is not a tensor"),
+    "no weights": (trained({}), "tensor n is missing"),
+    "an answer to another round": (trained(round_=3), "it is of round 3, not 0"),
+    "more images than announced": (
+        trained(**{COUNT: 10**12}),
+        "its number of train images is 1000000000000, which is not within 1 to 1000000000",
+    ),
+    "a few more than announced": (
+        trained(**{COUNT: 9}),
+        "its number of train images is 9, which is more than the 8 announced at the start",
+    ),
+    "no training image": (
+        trained(**{COUNT: 0}),
+        "its number of train images is 0, which is not within 1 to 1000000000",
+    ),
+    "images below zero": (trained(val_images=-10), "its number of val images is -10, which is not within 0"),
+    "text for a count": (trained(val_images="many"), "its number of val images is str, not a whole number"),
+    "no count": (trained(val_images=None), "its number of val images is NoneType, not a whole number"),
+    "an accuracy beyond one": (trained(metrics={"val_acc": 1e9}), "val_acc is 1e+09, which is not within 0 to 1"),
+    "an accuracy that is no number": (trained(metrics={"val_acc": float("nan")}), "val_acc is not finite"),
+    "an infinite loss": (trained(metrics={"val_loss": float("inf")}), "val_loss is not finite"),
+    "text for a metric": (trained(metrics={"val_acc": "[/x]"}), "val_acc is str, not a number"),
+}
+
+
+@pytest.mark.parametrize("fault", UNSOUND)
+def test_an_unsound_answer_to_training_is_rejected(server, fault):
+    answer, reason = UNSOUND[fault]
+    assert server().receive(answer).startswith(reason)
+
+
+UNSOUND_EVALUATIONS = {
+    "weights for metrics": (trained(), "its metrics are missing"),
+    "a negative count": (evaluated(val_images=-10), "its number of val images is -10"),
+    "more test images than announced": (evaluated(test_images=4), "its number of test images is 4, which is more than"),
+    "a test accuracy beyond one": (evaluated(test_acc=2.0), "test_acc is 2, which is not within 0 to 1"),
+    "text for images of a class": (evaluated(**{"holds cat": "many"}), "holds cat is str, not a number"),
+    "a fraction of an image": (evaluated(**{"holds cat": 0.5}), "holds cat is float, not a whole number"),
+    "a class that is none": (evaluated(**{"holds [/x]": 1}), "it has images of an unknown class '[/x]'"),
+}
+
+
+@pytest.mark.parametrize("fault", UNSOUND_EVALUATIONS)
+def test_an_unsound_answer_to_an_evaluation_is_rejected(server, fault):
+    answer, reason = UNSOUND_EVALUATIONS[fault]
+    assert server().receive(answer, task="validate").startswith(reason)
+
+
+def test_an_answer_that_is_none_of_nvflares_is_rejected(server):
+    assert server().receive(Shareable()).startswith("it cannot be read")
+
+
+def test_an_answer_that_says_itself_that_it_failed_is_nvflares_business(server):
+    assert server().receive(make_reply(ReturnCode.EXECUTION_EXCEPTION)) is None
+
+
+@pytest.mark.parametrize(
+    ("controls", "reason"),
+    [
+        (CONTROLS, None),
+        (None, "its weights are missing"),
+        ({"w": NAN}, "tensor w is not finite"),
+        ({"x": CONTROLS["w"]}, "tensor x is not part of the model"),
+    ],
+)
+def test_scaffolds_control_variates_are_checked_as_well(server, controls, reason):
+    answer = trained(**{AlgorithmConstants.SCAFFOLD_CTRL_DIFF: controls})
+    assert server("scaffold").receive(answer) == reason
+
+
+def test_a_site_that_nobody_knows_beforehand_announces_its_images_with_its_first_answer(server):
+    server = server(images=None)
+    assert server.receive(trained(**{COUNT: 500}), site="north") is None
+    server.fire(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE)
+    assert server.receive(trained(round_=1, **{COUNT: 499}), site="north") is None
+    reason = server.receive(trained(round_=1, **{COUNT: 501}), site="north")
+    assert reason == "its number of train images is 501, which is more than the 500 announced at the start"
+    assert server.rejected()[0]["round"] == 1
+
+
+def test_a_global_model_that_is_not_finite_ends_the_run_and_the_one_before_is_kept(server, tmp_path):
+    server = server()
+    server.fire(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE)
+    server.model = changed(w=NAN)
+    server.fire(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE)
+    (reason,) = server.panics
+    assert reason.startswith("the global model is not finite after round 2: lower --learning_rate")
+    assert json.loads((tmp_path / "failure.json").read_text()) == {"reason": reason}
+    kept = torch.load(tmp_path / "final.pt", weights_only=True)
+    assert torch.equal(kept["w"], torch.ones(2, 3))
+
+
+def result(site: str, weights=WEIGHTS) -> FLModel:
+    return FLModel(params=weights, meta={"client_name": site, COUNT: 8, "val_images": 2})
+
+
+@pytest.mark.parametrize(("n_left", "is_enough"), [(3, True), (2, False), (0, False)])
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_a_round_needs_usable_answers_of_more_than_half_of_the_sites(server, tmp_path, algorithm, n_left, is_enough):
+    server = server(images=None)
+    results = [result(f"site-{k + 1}", WEIGHTS if k < n_left else {}) for k in range(4)]
+    for k in range(n_left, 4):
+        server.receive(trained(changed(w=NAN)), site=f"site-{k + 1}")
+
+    def aggregate():
+        if algorithm == "scaffold":
+            controller = OrderedScaffold(num_clients=4)
+            controller.fl_ctx = server.context()
+            return controller.aggregate(results)
+        mean = OrderedMean(4)
+        mean.fl_ctx = server.context()
+        for answer in results:
+            mean.accept_model(answer)
+        return mean.aggregate_model()
+
+    if is_enough and algorithm == "fedavg":
+        np.testing.assert_array_equal(aggregate().params["w"], WEIGHTS["w"])
+    elif not is_enough:
+        with pytest.raises(RunEnded):
+            aggregate()
+        reason = json.loads((tmp_path / "failure.json").read_text())["reason"]
+        assert reason.startswith(f"round 1: {n_left} of 4 sites sent a usable answer, and more than half must (site-")
+        assert f"(site-{n_left + 1}: tensor w is not finite; " in reason
+        assert reason.endswith("lower --learning_rate, or with fedopt --server_learning_rate")
