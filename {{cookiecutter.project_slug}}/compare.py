@@ -26,6 +26,7 @@ import results
 from federation import schema
 from federation.command_line import Parser, UsageError, model_names
 from federation.figures import as_text, weighted_mean
+from federation.files import write_json
 
 ROWS = {
     "centralised": "centralised",
@@ -56,7 +57,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("compare.py: stopped; nothing is written", file=sys.stderr)
         return 130
-    (folder / "compare.json").write_text(json.dumps(comparison, indent=2), encoding="utf-8")
+    write_json(folder / "compare.json", comparison, indent=2)
     plot(comparison, folder / "compare.png")
     show(comparison)
     print(f"runs/{folder.name}/compare.json has all figures, runs/{folder.name}/compare.png the plot")
@@ -96,8 +97,17 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         **{name: result[name] for name in ("dataset", *schema.CONFIGURATION)},
         model_class=result["model_class"] or "LitNet",  # the one that there was, for an older file
         max_batches=result["max_batches"],
+        n_threads=result["threads"] or max(1, (os.cpu_count() or 1) // result["n_clients"]),
         gpu=result["device"] != "cpu",
     )
+    # The runs that led to this model; an older file has none, and only the number of its last round.
+    stages = result["stages"] or [{**result, "rounds": result["rounds"][-1]["round"]}]
+    for name in ("batch_size", "learning_rate"):
+        if len(values := {stage[name] for stage in stages}) > 1:
+            raise UsageError(
+                f"runs/{folder.name} was resumed with another --{name} ({', '.join(map(str, sorted(values)))}): "
+                "compare a run that had one"
+            )
     import federation.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
@@ -119,8 +129,7 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     for module in (pooled, *sites.values()):
         module.prepare_data()
         module.setup("fit")
-    # The number of the last round: it counts those of a run that this one went on from, and none that was left out.
-    epochs = result["rounds"][-1]["round"] * options.local_epochs
+    epochs = sum(stage["rounds"] * stage["local_epochs"] for stage in stages)
     centralised, *alone = train([pooled, *sites.values()], ["", *sites], len(holdings.classes), epochs, options)
 
     console.print("Testing ...")
@@ -156,7 +165,7 @@ def train(modules: list[Any], sites: list[str], n_classes: int, epochs: int, opt
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     # As many threads as each of the sites had: the last bits depend on it, and small networks gain nothing from more.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.n_clients))
+    torch.set_num_threads(options.n_threads)
     steps = [min(len(module.train_dataloader()), options.max_batches or sys.maxsize) * epochs for module in modules]
     trained = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -186,7 +195,7 @@ def test(model: Any, module: Any, options: argparse.Namespace) -> float | None:
 
     if not module.n_test:
         return None
-    return make_trainer(options, 1).test(model, datamodule=module, verbose=False)[0]["test_acc"]
+    return make_trainer(options, 1).test(model, datamodule=module, verbose=False)[0].get("test_acc")
 
 
 def show(comparison: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def run(tmp_path, monkeypatch, options):
             "test": {"accuracy": ACCURACY, "sites": sites},
         }
         (folder / "results.json").write_text(json.dumps(result))
-        return folder, result
+        return folder, schema.read(folder)
 
     return make
 
@@ -113,6 +113,23 @@ def test_rounds_and_local_epochs_are_one_budget(run):
 def test_the_rounds_that_were_trained_count_and_not_those_that_were_asked_for(run):
     folder, result = run(num_rounds=3)
     assert compare.compare(folder, {**result, "rounds": result["rounds"][:2]})["epochs"] == 1
+
+
+def test_the_runs_that_led_to_a_model_are_one_budget(run):
+    """One epoch, then three: what the last run did per round says nothing of the first."""
+    stage = {"batch_size": 16, "learning_rate": 0.01}
+    stages = [{"rounds": 1, "local_epochs": 1, **stage}, {"rounds": 1, "local_epochs": 3, **stage}]
+    folder, result = run(num_rounds=2, local_epochs=3)
+    assert compare.compare(folder, {**result, "stages": stages})["epochs"] == 4
+
+
+def test_a_run_that_changed_its_learning_rate_on_the_way_is_refused(run, program):
+    folder, result = run()
+    stage = {"rounds": 1, "local_epochs": 1, "batch_size": 16}
+    stages = [{**stage, "learning_rate": 0.01}, {**stage, "learning_rate": 0.1}]
+    (folder / "results.json").write_text(json.dumps({**result, "stages": stages}))
+    message = "runs/first was resumed with another --learning_rate (0.01, 0.1): compare a run that had one"
+    assert message in refused(program, folder, "first")
 
 
 def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
