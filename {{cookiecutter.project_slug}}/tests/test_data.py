@@ -3,8 +3,11 @@
 Most tests read images that carry their own number, so that what a loader yields tells which images they are.
 """
 
+import importlib.util
 import math
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,6 +316,21 @@ def test_a_site_with_a_single_image_cannot_validate(tmp_path, monkeypatch, run):
         Image.new("RGB", (2, 2)).save(tmp_path / split / "ant" / "0.png")
     monkeypatch.setenv("FL_DATA_ROOT", str(tmp_path))
     assert "site-1" in failure("site-1", run(partition="none"))
+
+
+def test_the_example_of_other_data_is_standardized_by_a_sites_own_training_rows(options):
+    path = Path(__file__).with_name("tabular") / "data.py"
+    spec = importlib.util.spec_from_file_location("tabular_data", path)
+    tabular = importlib.util.module_from_spec(spec)
+    sys.modules["tabular_data"] = tabular  # dataclasses look their module up
+    spec.loader.exec_module(tabular)
+    run = options()
+    for module in (*(tabular.SiteDataModule(site, [], run) for site in ("site-1", "site-2")), tabular.pooled([], run)):
+        rows = torch.cat([batch for batch, _ in module.train_dataloader()])
+        assert rows.mean(dim=0).abs().max() < 1e-3
+        assert (rows.std(dim=0, correction=0) - 1).abs().max() < 1e-3
+        others = torch.cat([batch for batch, _ in module.test_dataloader()])
+        assert others.mean(dim=0).abs().max() > 1e-2  # not of the rows that judge the model
 
 
 @pytest.mark.parametrize("shuffle", [None, (1, 2, 3)], ids=["in order", "shuffled"])

@@ -22,8 +22,7 @@ class Holdings:
 
 def _table():
     table = load_breast_cancer()
-    x = (table.data - table.data.mean(axis=0)) / table.data.std(axis=0)
-    return x.astype(np.float32), table.target.astype(np.int64), [str(name) for name in table.target_names]
+    return table.data.astype(np.float32), table.target.astype(np.int64), [str(name) for name in table.target_names]
 
 
 def prepare(options):
@@ -58,11 +57,14 @@ class SiteDataModule(LightningDataModule):
         sites = _sites(options)
         own = [sites[site]] if site else list(sites.values())
         self.rows = {name: sum((part[name] for part in own), []) for name in ("train", "val", "test")}
+        # Of a site's own training rows: nothing of other sites, or of the rows that judge the model, enters training.
+        seen = _table()[0][self.rows["train"]]
+        self.mean, self.std = seen.mean(axis=0), seen.std(axis=0)
 
     def loader(self, name, shuffle=False):
         x, labels, _ = _table()
         rows = self.rows[name]
-        table = TensorDataset(torch.from_numpy(x[rows]), torch.from_numpy(labels[rows]))
+        table = TensorDataset(torch.from_numpy((x[rows] - self.mean) / self.std), torch.from_numpy(labels[rows]))
         generator = torch.Generator().manual_seed(self.options.seed + self.round)
         return DataLoader(table, batch_size=self.options.batch_size, shuffle=shuffle, generator=generator)
 
