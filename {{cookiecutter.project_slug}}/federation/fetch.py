@@ -1,6 +1,7 @@
 """Fetch one file from the first mirror that has it, whole and in time. What arrives is verified before it is used."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,9 +55,8 @@ def fetch(dataset: str, name: str, md5: str, mirrors: tuple[str, ...], root: Pat
 
     failures = [f"{path}: wrong checksum"] if path.exists() else []
     pooch.get_logger().setLevel("WARNING")  # it would repeat what is printed here, with the address's password
-    private = os.environ.get(MIRROR_VARIABLE)
-    for mirror in (*([private.rstrip("/") + "/"] if private else []), *mirrors):
-        host = urlsplit(mirror).netloc.rpartition("@")[2] or mirror  # a password is not for the screen
+    for mirror in (*_private_mirror(), *mirrors):
+        host = urlsplit(mirror).netloc.rpartition("@")[2]  # a password is not for the screen
         if time.monotonic() > deadline:
             failures.append(f"{host}: not tried, the time is up")
             continue
@@ -73,14 +73,29 @@ def fetch(dataset: str, name: str, md5: str, mirrors: tuple[str, ...], root: Pat
                 raise DataError(f"cannot write {path}: {reason}; choose another --data_root") from None
         except _TooSlow as error:
             failures.append(f"{host}: {error}")
-        except ValueError as error:  # pooch's word for a wrong checksum; also for an address of an unknown kind
-            failures.append(f"{host}: {'wrong checksum' if 'hash' in str(error) else error}")
+        except ValueError as error:  # pooch's word for a wrong checksum
+            failures.append(f"{host}: {'wrong checksum' if 'hash' in str(error) else _reason(error)}")
         print(f"  {failures[-1]}", file=sys.stderr, flush=True)
     raise DataError(
         f"{dataset} is not there and cannot be fetched ({'; '.join(failures)}): try again with ./prepare_data.sh, "
         f"or set {MIRROR_VARIABLE} to a mirror that you can reach, or put {name} (MD5 {md5}) into {root} by hand, "
         "or take --dataset digits, which needs no network"
     )
+
+
+def _private_mirror() -> list[str]:
+    """The user's own mirror, if there is one. An unusable address is not repeated: it may hold a password."""
+    address = os.environ.get(MIRROR_VARIABLE)
+    if not address:
+        return []
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is not a number
+        usable = False
+    if not usable:
+        raise DataError(f"{MIRROR_VARIABLE} must be an address like https://mirror.example/files: http or https")
+    return [address.rstrip("/") + "/"]
 
 
 def _reason(error: Exception) -> str:
@@ -95,7 +110,7 @@ def _reason(error: Exception) -> str:
         return f"nothing came for {READ_S:.0f} s"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the connection broke off"
-    text = str(error)
+    text = re.sub("//.*@", "//", str(error))  # a password is not for the screen
     for symptom, reason in (
         ("resol", "its name cannot be resolved"),
         ("refused", "connection refused"),

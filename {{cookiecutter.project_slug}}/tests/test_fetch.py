@@ -113,6 +113,38 @@ def test_a_private_mirrors_password_is_not_shown(mirror, publish, empty_cache, m
     assert "secret" not in failure() + "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("sftp://user:secret@mirror.example/files", "user:secret@mirror.example", "//user:secret@mirror.example"),
+        *("http://user:secret@mirror.example:port/", "https://user:secret@/files", "https://[user:secret@mirror/"),
+        "mirror.example/files",
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_showing_it(
+    address, mirror, publish, empty_cache, monkeypatch, capfd
+):
+    public = mirror(good)
+    publish("cifar10", public.url)
+    monkeypatch.setenv("FL_DATA_MIRROR", address)
+    message = failure()
+    assert "FL_DATA_MIRROR must be" in message and "https://" in message
+    assert "secret" not in message + "".join(capfd.readouterr())
+    assert public.requests == []
+
+
+def test_the_password_in_an_address_that_a_mirror_sends_on_to_is_not_shown(mirror, publish, empty_cache, capfd):
+    def elsewhere(handler, content: bytes) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", "sftp://user:secret@mirror.example/")
+        handler.end_headers()
+
+    publish("cifar10", mirror(elsewhere).url)
+    message = failure()
+    assert "InvalidSchema" in message
+    assert "secret" not in message + "".join(capfd.readouterr())
+
+
 def test_no_mirror_is_tried_once_the_time_is_up(mirror, publish, empty_cache, monkeypatch):
     server = mirror(good)
     publish("cifar10", server.url)
