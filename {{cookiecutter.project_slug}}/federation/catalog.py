@@ -178,7 +178,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
                     if dataset == "image_folder":
                         _convert_folder(Path(root or ""), image_size, Path(unfinished))
                     else:
-                        _convert_public(dataset, root or cache_folder(), image_size, Path(unfinished))
+                        _convert_public(dataset, root, image_size, Path(unfinished))
                     os.chmod(unfinished, 0o755)
                     os.rename(unfinished, store)
                     os.mkdir(unfinished)  # for TemporaryDirectory to remove
@@ -221,11 +221,11 @@ def _write_classes(store: Path, classes: list[str]) -> None:
 # ---- public data sets
 
 
-def _convert_public(dataset: str, root: Path, image_size: int, store: Path) -> None:
-    source, deadline = SOURCES[dataset], fetch.new_deadline()
+def _convert_public(dataset: str, root: Path | None, image_size: int, store: Path) -> None:
+    source, folder, deadline = SOURCES[dataset], root or cache_folder(), fetch.new_deadline()
     for name, md5 in source.files:
-        fetch.fetch(dataset, name, md5, source.mirrors, root, deadline)
-    raw = source.read(root)
+        fetch.fetch(dataset, name, md5, source.mirrors, folder, root, deadline)
+    raw = source.read(folder)
     for split, (images, labels) in (("train", raw.train), ("test", raw.test)):
         _write(store, split, _square(images, image_size), labels)
     _write_classes(store, raw.classes)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,15 +29,18 @@ def new_deadline() -> float:
         raise DataError(f"{LIMIT_VARIABLE} is a number of seconds, not {limit!r}") from None
 
 
-def fetch(dataset: str, name: str, md5: str, mirrors: tuple[str, ...], root: Path, deadline: float) -> None:
-    """Make sure that a file lies under `root` with the right checksum: use it, or try mirror after mirror.
+def fetch(
+    dataset: str, name: str, md5: str, mirrors: tuple[str, ...], folder: Path, root: Path | None, deadline: float
+) -> None:
+    """Make sure that a file lies in `folder` with the right checksum: use it, or try mirror after mirror.
 
     Args:
         dataset: whose file it is.
         name: of the file.
         md5: its checksum.
         mirrors: addresses of folders that have it, in the order of trial; a private one goes first.
-        root: where it is to lie.
+        folder: where it is to lie.
+        root: the data root that the user gave, if any: for the command that tries again.
         deadline: by `time.monotonic()`, in seconds.
 
     Raises:
@@ -45,13 +49,15 @@ def fetch(dataset: str, name: str, md5: str, mirrors: tuple[str, ...], root: Pat
     import pooch
     import requests
 
-    path = root / name
+    path = folder / name
     try:
         if path.is_file() and pooch.file_hash(str(path), alg="md5") == md5:
             return
-        root.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"the data root {root} cannot be used: {error.strerror}; choose another --data_root") from None
+        raise DataError(
+            f"the data root {folder} cannot be used: {error.strerror}; choose another --data_root"
+        ) from None
 
     failures = [f"{path}: wrong checksum"] if path.exists() else []
     pooch.get_logger().setLevel("WARNING")  # it would repeat what is printed here, with the address's password
@@ -63,7 +69,7 @@ def fetch(dataset: str, name: str, md5: str, mirrors: tuple[str, ...], root: Pat
         print(f"Fetching {name} from {host} ...", file=sys.stderr, flush=True)
         downloader = pooch.HTTPDownloader(progressbar=_Progress(name, deadline), timeout=(CONNECT_S, READ_S))
         try:
-            pooch.retrieve(mirror + name, f"md5:{md5}", fname=name, path=root, downloader=downloader)
+            pooch.retrieve(mirror + name, f"md5:{md5}", fname=name, path=folder, downloader=downloader)
             return
         except OSError as error:  # requests' exceptions are OSErrors
             if isinstance(error, requests.RequestException):
@@ -76,9 +82,10 @@ def fetch(dataset: str, name: str, md5: str, mirrors: tuple[str, ...], root: Pat
         except ValueError as error:  # pooch's word for a wrong checksum
             failures.append(f"{host}: {'wrong checksum' if 'hash' in str(error) else _reason(error)}")
         print(f"  {failures[-1]}", file=sys.stderr, flush=True)
+    again = f"./prepare_data.sh --dataset {dataset}" + (f" --data_root {shlex.quote(str(root))}" if root else "")
     raise DataError(
-        f"{dataset} is not there and cannot be fetched ({'; '.join(failures)}): try again with ./prepare_data.sh, "
-        f"or set {MIRROR_VARIABLE} to a mirror that you can reach, or put {name} (MD5 {md5}) into {root} by hand, "
+        f"{dataset} is not there and cannot be fetched ({'; '.join(failures)}): try again with {again}, "
+        f"or set {MIRROR_VARIABLE} to a mirror that you can reach, or put {name} (MD5 {md5}) into {folder} by hand, "
         "or take --dataset digits, which needs no network"
     )
 

@@ -86,8 +86,20 @@ def test_the_error_names_each_host_and_what_it_did(bad, mirror, publish, closed_
 def test_the_error_names_every_way_out(mirror, publish, empty_cache):
     stand_in = publish("cifar10", mirror(missing).url)
     message = failure()
-    ways = ["./prepare_data.sh", "FL_DATA_MIRROR", ARCHIVE, md5(stand_in.files[ARCHIVE]), str(empty_cache)]
+    ways = [
+        "./prepare_data.sh --dataset cifar10,",
+        "FL_DATA_MIRROR",
+        ARCHIVE,
+        md5(stand_in.files[ARCHIVE]),
+        str(empty_cache),
+    ]
     assert [way for way in [*ways, "--dataset digits"] if way not in message] == []
+
+
+def test_the_command_that_tries_again_names_the_data_root_that_was_given(mirror, publish, empty_cache, tmp_path):
+    publish("cifar10", mirror(missing).url)
+    root = tmp_path / "my data"
+    assert f"./prepare_data.sh --dataset cifar10 --data_root '{root}'," in failure(root=root)
 
 
 def test_a_private_mirror_is_asked_first(mirror, publish, empty_cache, monkeypatch):
