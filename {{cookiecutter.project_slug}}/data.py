@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
-from federation.catalog import SOURCES, Split, open_split
+from federation.catalog import SOURCES, Split, check_classes, open_split
 from federation.catalog import prepare as prepare_store
 from federation.fetch import DataError
 from federation.partition import deal, deal_like, hold_out, site_names
@@ -185,7 +185,15 @@ def prepare(options: argparse.Namespace) -> None:
     Raises:
         DataError: they cannot be had.
     """
-    for site in site_names(options.n_clients):
+    names, root = site_names(options.n_clients), os.environ.get(ROOT_VARIABLE, "")
+    if options.dataset == "image_folder" and "{site}" in root:
+        there = [os.path.isdir(root.replace("{site}", site)) for site in names]
+        if 0 < (n_there := sum(there)) < len(names) and all(there[:n_there]):
+            raise DataError(
+                f"{root.replace('{site}', names[n_there])} is not there, but the folders of the sites before it are: "
+                f"use --n_clients {n_there}, or add it"
+            )
+    for site in names:
         _store(site, options)
 
 
@@ -193,12 +201,20 @@ def describe(options: argparse.Namespace) -> Holdings:
     """Deal the images to the sites, as each site will do for itself.
 
     Raises:
-        DataError: they cannot be dealt like this, or `prepare` was not called and cannot do its work.
+        DataError: they cannot be dealt like this, they have fewer than two classes or two that look alike, or `prepare`
+            was not called and cannot do its work.
     """
     names = site_names(options.n_clients)
     lists = [_split(_store(site, options), "train").classes for site in names]
+    check_classes(dict(zip(names, lists, strict=True)))
     # Each site's folders are sorted by name, so a union sorted by name keeps every site's own order.
     classes = lists[0] if all(own == lists[0] for own in lists) else sorted(set().union(*lists))
+    if len(classes) < 2:
+        root = os.environ.get(ROOT_VARIABLE)
+        raise DataError(
+            f"all images are of one class, {classes[0]!r}, and there is nothing to tell apart: "
+            f"expected two or more folders {root}/train/<class>"
+        )
     sites, counts = {}, {}
     for site in names:
         parts = _site_parts(site, classes, options)
@@ -212,14 +228,18 @@ def known_classes(options: argparse.Namespace) -> list[str]:
     """The classes of real sites, without an image: those in the file `options.classes`, else a public data set's own.
 
     Raises:
-        DataError: the file names none, or one twice.
+        DataError: the file names fewer than two, one twice, or one that cannot be the name of a class.
     """
     if not options.classes:
         return list(SOURCES[options.dataset].classes)
-    lines = Path(options.classes).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(options.classes).read_text(encoding="utf-8-sig").split("\n")  # some editors begin with a mark
+    except UnicodeDecodeError:
+        raise DataError(f"{options.classes} is not UTF-8 text: save it as such, one class per line") from None
     classes = [line.strip() for line in lines if line.strip()]
-    if not classes or len(set(classes)) < len(classes):
-        raise DataError(f"{options.classes} must name at least one class, one a line, and none twice")
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise DataError(f"{options.classes} must name at least two classes, one per line, and none twice")
+    check_classes({options.classes: classes})
     return classes
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,33 @@ def open_split(store: Path, split: str) -> Split:
     )
 
 
+def check_classes(names: dict[str, list[str]]) -> None:
+    """Refuse names of classes that a line of a text file cannot hold, or that look like another one's.
+
+    Args:
+        names: place -> the classes there: a folder, a file or a site.
+
+    Raises:
+        DataError: the first fault found.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for place, classes in names.items():
+        for name in classes:
+            # Control characters, surrogates (bytes that are not UTF-8), line and paragraph separators: a line of
+            # classes.txt would end there, or could not be written.
+            if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+                raise DataError(
+                    f"{place} has a class {name!r}: a name is UTF-8 text without control characters; rename it"
+                )
+            alike = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
+            other, elsewhere = seen.setdefault(alike, (name, place))
+            if other != name:
+                raise DataError(
+                    f"{elsewhere} has a class {other!r} and {place} has {name!r}: if they are one class, spell it in "
+                    "one way; if not, let them differ in more than case, outer spaces and Unicode form"
+                )
+
+
 def _store_folder(dataset: str, root: Path | None, image_size: int) -> Path:
     if dataset == "image_folder":
         if root is None:
@@ -284,6 +312,7 @@ def _convert_folder(root: Path, image_size: int, store: Path) -> None:
     for split in splits:
         if not folders[split]:
             raise DataError(f"{root / split} is empty: expected {root / split}/<class>/<image>")
+    check_classes({str(root / split): folders[split] for split in splits})
     classes = sorted(set().union(*folders.values()))
     files: dict[str, list[tuple[Path, int]]] = {}
     for split in splits:

@@ -1,6 +1,8 @@
 """The user's own images: what may lie in the folder, what is said when it cannot be used, and when it is read again."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +355,66 @@ def test_a_folder_that_may_not_be_read_is_named(root, permissions_bind):
 # ---- a folder for each site
 
 
+UNFIT = {
+    "a control character": "c\x07t",
+    "a tab": "c\tt",
+    "a line feed": "c\nt",
+    "a carriage return": "c\rt",
+    "a file separator": "c\x1ct",
+    "a next line": "c\x85t",
+    "a line separator": "c\u2028t",
+    "a paragraph separator": "c\u2029t",
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("name", UNFIT.values(), ids=UNFIT)
+def test_a_class_whose_name_is_no_line_of_text_is_refused(root, split, name):
+    (root / split / "cat").rename(root / split / name)
+    message = failure(root)
+    assert f"{root / split} has a class {name!r}" in message
+    assert message.splitlines() == [message]
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(root):
+    try:
+        (root / "train" / "cat").rename(root / "train" / os.fsdecode(b"gr\xf6\xdfe"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert f"{root / 'train'} has a class 'gr\\udcf6\\udcdfe'" in failure(root)
+
+
+def test_every_character_that_ends_a_line_is_refused_in_a_name():
+    ends = [chr(code) for code in range(sys.maxunicode + 1) if len(f"a{chr(code)}b".splitlines()) > 1]
+    assert len(ends) > 5
+    for character in ends:
+        assert repr(f"a{character}b") in data_error(catalog.check_classes, {"here": [f"a{character}b"]})
+
+
+ALIKE = {
+    "capitals": ("Cat", "cat"),
+    "a space after it": ("cat", "cat "),
+    "a space before it": (" cat", "cat"),
+    "sharp s": ("STRASSE", "straße"),
+    "composed and decomposed": ("große Kätzchen", "große Ka\u0308tzchen"),
+    "wide letters": ("ｃａｔ", "cat"),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_two_classes_that_look_alike_are_refused(root, split, one, other):
+    for name in ("train", "test"):
+        shutil.rmtree(root / name / "cat")
+    save(root / "train" / one / "0.png")
+    save(root / split / other / "0.png")
+    if {one, other} - {path.name for name in ("train", "test") for path in (root / name).iterdir()}:
+        pytest.skip("this file system does not tell these names apart")
+    message = failure(root)
+    assert repr(one) in message and repr(other) in message
+    assert str(root / "train") in message and str(root / split) in message
+
+
 @pytest.fixture
 def each_its_own(tmp_path, monkeypatch, options):
     """each_its_own(**classes of each site): their folders, and the options of a run over them."""
@@ -410,7 +472,77 @@ def test_the_images_of_all_sites_are_pooled(each_its_own):
 
 
 def test_a_site_whose_folder_is_missing_is_named(each_its_own):
-    run = each_its_own(site_1=["cat"])
-    run.n_clients = 2
+    run = each_its_own(site_1=["cat"], site_3=["cat"])
+    run.n_clients = 3
     with pytest.raises(DataError, match="site-2.* cannot be read"):
         data.prepare(run)
+
+
+def test_more_sites_than_folders_are_answered_with_the_number_of_folders(each_its_own, conversions):
+    run = each_its_own(site_1=["cat"], site_2=["cat", "dog"])
+    run.n_clients = 4
+    message = data_error(data.prepare, run)
+    assert "site-3 is not there" in message and "use --n_clients 2" in message
+    assert conversions == []  # it is told at once
+
+
+def test_a_folder_for_no_site_at_all_is_not_answered_with_a_number(each_its_own):
+    run = each_its_own()
+    run.n_clients = 2
+    message = data_error(data.prepare, run)
+    assert "site-1 cannot be read" in message and "--n_clients" not in message
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE.values(), ids=ALIKE)
+def test_classes_of_two_sites_that_look_alike_are_refused(each_its_own, one, other):
+    run = each_its_own(site_1=[one, "dog"], site_2=["dog"], site_3=["dog", other])
+    message = data_error(data.describe, run)
+    assert f"site-1 has a class {one!r} and site-3 has {other!r}" in message
+
+
+def test_a_single_class_over_all_sites_is_refused(each_its_own):
+    run = each_its_own(site_1=["cat"], site_2=["cat"])
+    data.prepare(run)
+    message = data_error(data.describe, run)
+    assert "'cat'" in message and "two or more" in message and "/train/<class>" in message
+
+
+# ---- the classes of real sites, from a file
+
+
+@pytest.fixture
+def classes_file(tmp_path, options):
+    """classes_file(content): the options of a run whose --classes FILE has this content."""
+
+    def write(content: bytes):
+        (tmp_path / "classes.txt").write_bytes(content)
+        return options(dataset="image_folder", classes=str(tmp_path / "classes.txt"))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "content", [b"cat\ndog\n", b"cat\r\ndog", b"\xef\xbb\xbfcat\n\n dog \n"], ids=["", "crlf", "mark"]
+)
+def test_the_classes_of_real_sites_are_the_lines_of_a_file(classes_file, content):
+    assert data.known_classes(classes_file(content)) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "at least two"),
+        (b"cat\n", "at least two"),
+        (b"cat\ndog\ncat\n", "none twice"),
+        (b"cat\nCat\n", "'cat'"),
+        ("cat\nd\u2028og\n".encode(), r"'d\u2028og'"),
+        ("cat\nd\x85og\n".encode(), r"'d\x85og'"),
+        (b"cat\ndog\x1c\x1b\n", r"'dog\x1c\x1b'"),
+        ("große Katze\nHund\n".encode("latin-1"), "not UTF-8"),
+    ],
+    ids=["none", "one", "twice", "alike", "line separator", "next line", "escape", "not UTF-8"],
+)
+def test_a_file_of_classes_that_cannot_be_used_is_refused(classes_file, content, said):
+    run = classes_file(content)
+    message = data_error(data.known_classes, run)
+    assert said in message and run.classes in message
