@@ -1,7 +1,8 @@
 """Public data sets and image folders: have them fetched, convert them once, open them.
 
 Every data set becomes one *store*: a folder in the user's cache with one memory-mapped file of images and one of
-labels for each split, and the list of classes. All sites of a machine, and all projects, share it.
+labels for each split, and the list of classes. All sites of a machine, and all projects, share it. Only the user who
+made it can read it, since the images can be private.
 """
 
 import hashlib
@@ -46,24 +47,24 @@ class Source:
 
     files: tuple[tuple[str, str], ...]
     mirrors: tuple[str, ...]
-    read: Callable[[Path], Raw]
+    read: Callable[[Path, Path], Raw]  # (the folder of the files, a folder to unpack in)
     classes: tuple[str, ...]
 
 
-def _read_cifar10(folder: Path) -> Raw:
+def _read_cifar10(folder: Path, scratch: Path) -> Raw:
     from torchvision.datasets import CIFAR10
 
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as unpacked:
+    with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
         shutil.unpack_archive(folder / "cifar-10-python.tar.gz", unpacked)
         train, test = (CIFAR10(unpacked, train=is_train) for is_train in (True, False))
     return Raw((train.data, np.array(train.targets)), (test.data, np.array(test.targets)), list(train.classes))
 
 
-def _read_fashion_mnist(folder: Path) -> Raw:
+def _read_fashion_mnist(folder: Path, scratch: Path) -> Raw:
     from torchvision.datasets import FashionMNIST
     from torchvision.datasets.utils import extract_archive
 
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as unpacked:
+    with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
         raw = Path(unpacked, "FashionMNIST", "raw")
         raw.mkdir(parents=True)
         for name, _ in SOURCES["fashion_mnist"].files:
@@ -76,7 +77,7 @@ def _read_fashion_mnist(folder: Path) -> Raw:
     )
 
 
-def _read_bloodmnist(folder: Path) -> Raw:
+def _read_bloodmnist(folder: Path, scratch: Path) -> Raw:
     with np.load(folder / "bloodmnist.npz", allow_pickle=False) as arrays:
         images, labels = (
             {split: arrays[f"{split}_{kind}"] for split in ("train", "val", "test")} for kind in ("images", "labels")
@@ -86,7 +87,7 @@ def _read_bloodmnist(folder: Path) -> Raw:
     return Raw(train, (images["test"], labels["test"].ravel()), list(SOURCES["bloodmnist"].classes))
 
 
-def _read_digits(folder: Path) -> Raw:
+def _read_digits(folder: Path, scratch: Path) -> Raw:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -157,7 +158,8 @@ def cache_folder() -> Path:
 def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
     """Make sure that a data set's store exists, and return its folder. Does nothing where it does.
 
-    Several processes may call this at once: one does the work, the others wait for it.
+    Several processes may call this at once: one does the work, the others wait for it. The store of an earlier state
+    of a folder of images is removed; what a process has opened of it stays readable for that process.
 
     Args:
         dataset: one of DATASETS.
@@ -169,32 +171,47 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
     """
     from filelock import FileLock
 
-    store = _store_folder(dataset, root, image_size)
+    name, state = _store_name(dataset, root, image_size)
+    cache = cache_folder()
+    store = cache / f"{name}{state}"
     if store.is_dir():
         return store
     try:
-        with FileLock(f"{store}.lock"):
+        with FileLock(cache / f"{name}.lock"):
+            for stale in cache.glob(f".{name}-*"):  # of a process that was killed: who holds the lock is alone here
+                shutil.rmtree(stale)
             if not store.is_dir():  # another process may have made it while this one waited for the lock
-                with tempfile.TemporaryDirectory(dir=store.parent, prefix=f".{store.name}-") as unfinished:
+                with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as unfinished:
                     if dataset == "image_folder":
                         _convert_folder(Path(root or ""), image_size, Path(unfinished))
                     else:
                         _convert_public(dataset, root, image_size, Path(unfinished))
-                    os.chmod(unfinished, 0o755)
+                    for file in Path(unfinished).iterdir():  # the folder itself is 0700
+                        file.chmod(0o600)
                     os.rename(unfinished, store)
                     os.mkdir(unfinished)  # for TemporaryDirectory to remove
+                for earlier in set(cache.glob(f"{name}-*")) - {store}:
+                    # Renamed first: a process that is killed here leaves no half of a store under a store's name.
+                    shutil.rmtree(earlier.rename(cache / f".{earlier.name}"))
     except OSError as error:
-        raise DataError(f"cannot write the converted images under {store.parent}: {error}") from None
+        raise DataError(f"cannot write the converted images under {cache}: {error}") from None
     return store
 
 
 def open_split(store: Path, split: str) -> Split:
-    """Open one split of a store that `prepare` returned: `train` or `test`. Images are mapped, not read."""
-    return Split(
-        images=np.asarray(np.load(store / f"{split}-images.npy", mmap_mode="r")),
-        labels=np.load(store / f"{split}-labels.npy"),
-        classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
-    )
+    """Open one split of a store that `prepare` returned: `train` or `test`. Images are mapped, not read.
+
+    Raises:
+        DataError: the store was removed in between, since its images have changed.
+    """
+    try:
+        return Split(
+            images=np.asarray(np.load(store / f"{split}-images.npy", mmap_mode="r")),
+            labels=np.load(store / f"{split}-labels.npy"),
+            classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
+        )
+    except FileNotFoundError:
+        raise DataError(f"{store} was removed, as after a change of its images: run the same command again") from None
 
 
 def check_classes(names: dict[str, list[str]]) -> None:
@@ -224,17 +241,19 @@ def check_classes(names: dict[str, list[str]]) -> None:
                 )
 
 
-def _store_folder(dataset: str, root: Path | None, image_size: int) -> Path:
+def _store_name(dataset: str, root: Path | None, image_size: int) -> tuple[str, str]:
+    """A store's name: (what it is of, in which state that is). A public data set has one state only."""
     if dataset == "image_folder":
         if root is None:
             raise DataError(
                 "image_folder needs the folder that holds train/<class>/<image>: "
                 "give it with --data_root DIR or in FL_DATA_ROOT"
             )
-        return cache_folder() / f"image_folder-{_fingerprint(root, image_size)}"
+        place = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size}\n")).hexdigest()[:16]
+        return f"image_folder-{place}", f"-{_fingerprint(root)}"
     if dataset not in SOURCES:
         raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
-    return cache_folder() / f"{dataset}-{image_size}px"
+    return f"{dataset}-{image_size}px", ""
 
 
 def _write(store: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -253,7 +272,7 @@ def _convert_public(dataset: str, root: Path | None, image_size: int, store: Pat
     source, folder, deadline = SOURCES[dataset], root or cache_folder(), fetch.new_deadline()
     for name, md5 in source.files:
         fetch.fetch(dataset, name, md5, source.mirrors, folder, root, deadline)
-    raw = source.read(folder)
+    raw = source.read(folder, store)
     for split, (images, labels) in (("train", raw.train), ("test", raw.test)):
         _write(store, split, _square(images, image_size), labels)
     _write_classes(store, raw.classes)
@@ -274,9 +293,9 @@ def _square(images: np.ndarray, image_size: int) -> np.ndarray:
 # ---- folders of images
 
 
-def _fingerprint(root: Path, image_size: int) -> str:
+def _fingerprint(root: Path) -> str:
     """A name for a folder's present state: changes when a file is added, removed, renamed or written."""
-    digest = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size}\n"))
+    digest = hashlib.sha256()
     try:
         if not (root / "train").is_dir():
             os.listdir(root)  # tells a missing or locked folder from an empty one

@@ -1,5 +1,6 @@
 """What becomes of a public data set: its images and labels in the cache, converted once and whole."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -148,6 +149,34 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_made_good(
     assert names_in(empty_cache) == [ARCHIVE, "cifar10-32px.lock"]
     assert open_split(prepare("cifar10", None, 32), "test").labels.tolist() == stand_in.test[1].tolist()
     assert server.requests == [ARCHIVE]
+
+
+DIE_WHILE_CONVERTING = """
+import os
+from federation import catalog
+
+catalog._write_classes = lambda *args: os._exit(9)
+catalog.prepare("digits", None, 32)
+"""
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(empty_cache):
+    assert subprocess.run([sys.executable, "-c", DIE_WHILE_CONVERTING], cwd=PROJECT).returncode == 9
+    assert len(names_in(empty_cache)) == 2
+    prepare("digits", None, 32)
+    assert names_in(empty_cache) == ["digits-32px", "digits-32px.lock"]
+
+
+def test_an_archive_is_unpacked_where_the_next_conversion_cleans_up(mirror, publish, empty_cache, monkeypatch):
+    def watch(archive, folder):
+        unpacked_in.append(Path(folder).relative_to(empty_cache).parts[0])
+        unpack(archive, folder)
+
+    unpacked_in, unpack = [], shutil.unpack_archive
+    publish("cifar10", mirror(good).url)
+    monkeypatch.setattr(shutil, "unpack_archive", watch)
+    prepare("cifar10", None, 32)
+    assert [name.startswith(".cifar10-32px-") for name in unpacked_in] == [True]
 
 
 PREPARE_WHEN_TOLD = """

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 import data
-from conftest import data_error
+from conftest import PROJECT, data_error, names_in
 from federation import catalog
 from federation.catalog import open_split, prepare
 from federation.fetch import DataError
@@ -265,6 +266,72 @@ def test_two_folders_with_the_same_files_are_two_data_sets(root, tmp_path):
     first = prepare("image_folder", tmp_path / "first", 4)
     os.rename(tmp_path / "first", root)
     assert prepare("image_folder", root, 4) != first
+
+
+# ---- the converted copy is private, and there is one
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize("dataset", ["image_folder", "digits"])
+def test_nobody_else_can_read_the_converted_copy(root, empty_cache, dataset, mask):
+    before = os.umask(mask)
+    try:
+        store = prepare(dataset, root if dataset == "image_folder" else None, 16)
+    finally:
+        os.umask(before)
+    assert names_in(store) == sorted(
+        [f"{s}-{k}.npy" for s in ("train", "test") for k in ("images", "labels")] + ["classes.txt"]
+    )
+    assert {path.stat().st_mode & 0o777 for path in store.iterdir()} == {0o600}
+    assert store.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_changed_folder_leaves_no_older_copy_behind(root, empty_cache):
+    other_size = prepare("image_folder", root, 8)
+    for i in range(3):
+        save(root / "train" / "cat" / f"new {i}.png")
+        store = prepare("image_folder", root, 4)
+    assert [path for path in empty_cache.iterdir() if path.is_dir()] in ([store, other_size], [other_size, store])
+
+
+def test_two_folders_do_not_remove_each_others_copies(root, tmp_path, empty_cache):
+    shutil.copytree(root, tmp_path / "other")
+    first, second = prepare("image_folder", root, 4), prepare("image_folder", tmp_path / "other", 4)
+    save(root / "train" / "cat" / "new.png")
+    prepare("image_folder", root, 4)
+    assert second.is_dir() and not first.exists()
+
+
+def test_images_that_are_open_stay_readable_when_their_copy_is_replaced(root):
+    opened = open_split(prepare("image_folder", root, 4), "train")
+    save(root / "train" / "cat" / "3.png", (13, 0, 0))
+    assert reds(root) == [10, 11, 12, 13, 20, 21, 22]
+    assert opened.images[:, 0, 0, 0].tolist() == [10, 11, 12, 20, 21, 22]
+
+
+def test_a_copy_that_was_replaced_before_it_was_opened_is_an_error_of_one_line(root):
+    store = prepare("image_folder", root, 4)
+    save(root / "train" / "cat" / "3.png", (13, 0, 0))
+    prepare("image_folder", root, 4)
+    assert "run the same command again" in data_error(open_split, store, "train")
+
+
+DIE_WHILE_CONVERTING = """
+import os, sys
+from pathlib import Path
+from federation import catalog
+
+catalog._write_classes = lambda *args: os._exit(9)
+catalog.prepare("image_folder", Path(sys.argv[1]), 4)
+"""
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(root, empty_cache):
+    command = [sys.executable, "-c", DIE_WHILE_CONVERTING, str(root)]
+    assert subprocess.run(command, cwd=PROJECT).returncode == 9
+    assert len([path for path in empty_cache.iterdir() if path.is_dir()]) == 1
+    store = prepare("image_folder", root, 4)
+    assert [path for path in empty_cache.iterdir() if path.is_dir()] == [store]
 
 
 def test_a_failed_conversion_leaves_nothing(root, empty_cache):
