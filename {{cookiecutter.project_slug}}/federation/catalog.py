@@ -14,13 +14,21 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from federation import fetch
 from federation.fetch import DataError
 
+if TYPE_CHECKING:  # public data sets do without Pillow
+    from PIL.ImageFile import ImageFile
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")  # Pillow's names; what a file is, whatever its suffix
+EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+RULE = 2  # of `_read_image`; a change of the pixels that it returns needs a new number: older stores are not used then
 
 
 @dataclass(frozen=True)
@@ -295,7 +303,7 @@ def _square(images: np.ndarray, image_size: int) -> np.ndarray:
 
 def _fingerprint(root: Path) -> str:
     """A name for a folder's present state: changes when a file is added, removed, renamed or written."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"rule {RULE}\n".encode())
     try:
         if not (root / "train").is_dir():
             os.listdir(root)  # tells a missing or locked folder from an empty one
@@ -366,15 +374,58 @@ def _convert_files(split: str, files: list[tuple[Path, int]], image_size: int, s
 
 
 def _read_image(path: Path, image_size: int) -> np.ndarray:
-    """An image of any size, grey or colour, 8 or 16 bits, as uint8 (3, S, S)."""
-    from PIL import Image
+    """An image of any size as uint8 (3, S, S), by a rule that does not depend on other images, nor on the site.
+
+    - It is turned as its EXIF orientation says.
+    - 8 bits per channel, or fewer, stay as they are: 0 is black, the largest value white. Palettes are looked up, gray
+      gets three equal channels, CMYK becomes RGB by Pillow's formula. Color profiles are ignored.
+    - Transparent pixels are laid on white, as most viewers show them.
+    - Stretched to S x S, bilinear.
+
+    What the file does not tell is not guessed. More than 8 bits per channel, floating point and signed numbers are
+    refused: 12 bits stored in 16 would be nearly black, and a scale taken from the images would be another one at each
+    site. So are files of several images (but for a camera's JPEG, whose first image is the photograph), and LAB colors.
+
+    Raises:
+        DataError: the image is refused, or cannot be read.
+    """
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
-                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-            image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        with Image.open(path, formats=FORMATS) as file:
+            if not (refusal := _refusal(file)):
+                image: Image.Image = ImageOps.exif_transpose(file)
+                if image.mode in TRANSPARENT or "transparency" in image.info:
+                    if image.mode == "La":
+                        image = image.convert("LA")  # Pillow knows no direct way to RGBA
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
+                side = (image_size, image_size)
+                image = image.convert("RGB").resize(side, Image.Resampling.BILINEAR, reducing_gap=2.0)
     except Exception as error:  # Pillow raises many kinds for a broken file
         raise DataError(f"{path} is not a readable image ({error}): repair or remove it") from None
+    if refusal:
+        raise DataError(f"{path} {refusal}")
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def _refusal(image: "ImageFile") -> str:
+    """Why an image, opened but not loaded, is not read, and what to do; empty if it is."""
+    if (n_images := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+        return f"holds {n_images} images: save each as a file of its own"
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    bits, sample_format = max(tags.get(258, (8,))), max(tags.get(339, (1,)))
+    coding = image.tile[0][3] if image.tile else ""  # Pillow reduces color of 16 bits to 8, and says so only here
+    if image.format == "PNG" and ";16" in str(coding):
+        bits = 16
+    if image.format == "PPM" and isinstance(coding, tuple):
+        bits = int(coding[1]).bit_length()
+    if bits > 8 or sample_format != 1 or image.mode[0] in "IF":
+        kinds = {1: "more than 8 bits per channel", 2: "signed values", 3: "floating-point values"}
+        return (
+            f"has {kinds[3 if image.mode == 'F' else sample_format]}: save it with 8 bits, black and white at the same "
+            'values at every site (README.md, "Your own images", shows how)'
+        )
+    if image.mode not in EIGHT_BITS:
+        return f"has colors of the kind {image.mode}: save it as gray or RGB"
+    return ""

@@ -1,9 +1,13 @@
 """The user's own images: what may lie in the folder, what is said when it cannot be used, and when it is read again."""
 
+import io
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +25,6 @@ def save(path: Path, colour=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> P
     """An image of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
-    return path
-
-
-def save_16_bits(path: Path, value: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((3, 5), value, np.uint16)).save(path)
     return path
 
 
@@ -87,39 +85,196 @@ def test_images_come_in_the_order_of_their_names(root):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "colour", "expected"),
+    ("name", "mode", "color", "expected"),
     [
-        ("colour.png", "RGB", (200, 100, 50), (200, 100, 50)),
-        ("grey.png", "L", 77, (77, 77, 77)),
         ("black and white.png", "1", 1, (255, 255, 255)),
-        ("palette.png", "P", 0, (0, 0, 0)),
-        ("see-through.png", "RGBA", (200, 100, 50, 128), (200, 100, 50)),
-        ("see-through grey.png", "LA", (77, 128), (77, 77, 77)),
+        ("black and white.tif", "1", 0, (0, 0, 0)),
+        ("gray.png", "L", 77, (77, 77, 77)),
+        ("gray.tif", "L", 77, (77, 77, 77)),
+        ("see-through gray.png", "LA", (77, 128), (166, 166, 166)),
+        ("see-through gray.tif", "LA", (77, 128), (166, 166, 166)),
+        ("color.png", "RGB", (200, 100, 50), (200, 100, 50)),
+        ("four channels.tif", "RGBX", (200, 100, 50, 0), (200, 100, 50)),
+        ("see-through.png", "RGBA", (200, 100, 50, 128), (227, 177, 152)),
+        ("see-through.tif", "RGBA", (200, 100, 50, 128), (227, 177, 152)),
+        ("nothing to see.png", "RGBA", (200, 100, 50, 0), (255, 255, 255)),
+        ("all to see.png", "RGBA", (200, 100, 50, 255), (200, 100, 50)),
         ("print.tif", "CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("video.tif", "YCbCr", (180, 128, 128), (180, 180, 180)),
         ("bitmap.BMP", "RGB", (1, 2, 3), (1, 2, 3)),
         ("web.webp", "RGB", (255, 255, 255), (255, 255, 255)),
         ("photograph.JPG", "RGB", (128, 128, 128), (128, 128, 128)),
+        ("gray photograph.jpeg", "L", 128, (128, 128, 128)),
+        ("print.jpg", "CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("map.pgm", "L", 77, (77, 77, 77)),
     ],
 )
-def test_every_kind_of_image_becomes_rgb(root, name, mode, colour, expected):
-    save(root / "train" / "aardvark" / name, colour, mode=mode)
+def test_every_kind_of_image_becomes_rgb(root, name, mode, color, expected):
+    save(root / "train" / "aardvark" / name, color, mode=mode)
     image = images_of(root)[0]
     assert image.dtype == np.uint8
     assert image.reshape(3, -1).T.tolist() == [list(expected)] * 16
 
 
-def test_a_palettes_colours_are_looked_up(root):
-    colours = Image.new("RGB", (4, 4), (200, 100, 50)).quantize(4)
+def test_a_palettes_colors_are_looked_up(root):
+    colors = Image.new("RGB", (4, 4), (200, 100, 50)).quantize(4)
     (root / "train" / "aardvark").mkdir()
-    colours.save(root / "train" / "aardvark" / "palette.png")
+    colors.save(root / "train" / "aardvark" / "palette.png")
     assert images_of(root)[0, :, 0, 0].tolist() == [200, 100, 50]
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-@pytest.mark.parametrize(("value", "expected"), [(0, 0), (255, 0), (0x8000, 128), (0xFFFF, 255)])
-def test_sixteen_bits_are_scaled_and_not_clipped(root, suffix, value, expected):
-    save_16_bits(root / "train" / "aardvark" / f"x-ray{suffix}", value)
-    assert images_of(root)[0].tolist() == np.full((3, 4, 4), expected).tolist()
+def a_palette_with_alpha(folder: Path) -> None:
+    paletted = Image.new("PA", (4, 4), (1, 0))
+    paletted.putpalette([0, 0, 0, 200, 100, 50])
+    paletted.save(folder / "0.tif")
+
+
+@pytest.mark.parametrize(
+    "save_it",
+    [
+        lambda folder: save(folder / "0.png", 7, mode="P").write_bytes(palette_png(transparency=7)),
+        lambda folder: Image.new("L", (4, 4), 7).save(folder / "0.png", transparency=7),
+        lambda folder: Image.new("RGB", (4, 4), (7, 8, 9)).save(folder / "0.png", transparency=(7, 8, 9)),
+        lambda folder: Image.new("RGBA", (4, 4), (7, 8, 9, 0)).save(folder / "0.webp", lossless=True),
+        lambda folder: (folder / "0.tif").write_bytes(tiff([0, 0], 8, extra=1)),
+        a_palette_with_alpha,
+    ],
+    ids=["palette", "one gray", "one color", "web", "premultiplied", "palette with alpha"],
+)
+def test_what_is_transparent_is_white(root, save_it):
+    (root / "train" / "aardvark").mkdir()
+    save_it(root / "train" / "aardvark")
+    assert images_of(root)[0].tolist() == np.full((3, 4, 4), 255).tolist()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_orientation_says(root, suffix, orientation):
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16, :16], upright[:16, 16:] = 255, 128  # each corner tells where it is
+    upright[16:, :16] = 64
+    turned_back = {  # how a camera stores what it saw, for each orientation
+        **{1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud},
+        **{5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1)},
+        **{7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: lambda a: np.rot90(a, 3)},
+    }
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = root / "train" / "aardvark" / f"0{suffix}"
+    path.parent.mkdir()
+    Image.fromarray(np.ascontiguousarray(turned_back[orientation](upright))).save(path, exif=exif, quality=95)
+    image = images_of(root, image_size=32)[0].astype(int)
+    assert np.abs(image[:, 4::24, 4::24] - upright.transpose(2, 0, 1)[:, 4::24, 4::24]).max() < 10
+
+
+def test_a_tiff_whose_zero_is_white_is_not_a_negative(root):
+    (root / "train" / "aardvark").mkdir()
+    (root / "train" / "aardvark" / "0.tif").write_bytes(tiff([55], 8, photometric=0))
+    assert np.unique(images_of(root)[0]).tolist() == [200]
+
+
+def test_fewer_than_eight_bits_use_the_whole_range(root):
+    (root / "train" / "aardvark").mkdir()
+    (root / "train" / "aardvark" / "0.pgm").write_bytes(b"P5 2 2 15\n" + bytes([15] * 4))
+    assert np.unique(images_of(root)[0]).tolist() == [255]
+
+
+REFUSED = {
+    "12 bits in 16, png": (lambda: pillow("I;16", 4095, "PNG"), "more than 8 bits"),
+    "12 bits in 16, tiff": (lambda: pillow("I;16", 4095, "TIFF"), "more than 8 bits"),
+    "12 bits": (lambda: tiff([4095], 12), "more than 8 bits"),
+    "16 bits": (lambda: pillow("I;16", 65535, "PNG"), "more than 8 bits"),
+    "16 bits, big-endian": (lambda: pillow("I;16B", 65535, "TIFF"), "more than 8 bits"),
+    "16 bits, white is zero": (lambda: tiff([0], 16, photometric=0), "more than 8 bits"),
+    "16 bits, color tiff": (lambda: tiff([4095] * 3, 16, photometric=2), "more than 8 bits"),
+    "16 bits, color png": (lambda: png_16_bits(2, [4095] * 3), "more than 8 bits"),
+    "16 bits, see-through gray png": (lambda: png_16_bits(4, [4095, 65535]), "more than 8 bits"),
+    "16 bits, see-through color png": (lambda: png_16_bits(6, [4095] * 4), "more than 8 bits"),
+    "16 bits, pgm": (lambda: b"P5 1 1 4095\n\x0f\xff", "more than 8 bits"),
+    "16 bits, ppm": (lambda: b"P6 1 1 65535\n" + b"\x0f\xff" * 3, "more than 8 bits"),
+    "8 bits with a sign": (lambda: tiff([200], 8, sample_format=2), "signed"),
+    "16 bits with a sign": (lambda: tiff([65535], 16, sample_format=2), "signed"),
+    "32 bits": (lambda: pillow("I", 70000, "TIFF"), "signed"),
+    "floating point": (lambda: pillow("F", 0.5, "TIFF"), "floating-point"),
+    "LAB": (lambda: pillow("LAB", (50, 0, 0), "TIFF"), "LAB"),
+    "several pages": (lambda: pillow("L", 1, "TIFF", Image.new("L", (4, 4), 2)), "2 images"),
+    "an animation": (lambda: pillow("RGB", (200, 0, 0), "WEBP", Image.new("RGB", (4, 4))), "2 images"),
+    "another format": (lambda: pillow("RGB", (1, 2, 3), "JPEG2000"), "not a readable image"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_image_whose_black_and_white_would_be_guessed_is_refused(root, kind):
+    content, reason = REFUSED[kind]
+    path = root / "train" / "dog" / "0.png"  # the suffix does not matter
+    path.write_bytes(content())
+    message = failure(root)
+    assert str(path) in message and reason in message
+
+
+def test_the_preview_in_a_cameras_jpeg_is_not_taken_for_a_second_image(root):
+    (root / "train" / "aardvark").mkdir()
+    content = pillow("L", 128, "MPO", Image.new("L", (4, 4)))
+    (root / "train" / "aardvark" / "0.jpg").write_bytes(content)
+    assert np.unique(images_of(root)[0]).tolist() == [128]
+
+
+def pillow(mode: str, color, file_format: str, *more: Image.Image) -> bytes:
+    """A file of an image of one color, and of `more` images in it."""
+    file = io.BytesIO()
+    pages = {"save_all": True, "append_images": more} if more else {}
+    Image.new(mode, (4, 4), color).save(file, file_format, **pages)
+    return file.getvalue()
+
+
+def palette_png(transparency: int) -> bytes:
+    file = io.BytesIO()
+    image = Image.new("P", (4, 4), transparency)
+    image.putpalette(range(48))
+    image.save(file, "PNG", transparency=transparency)
+    return file.getvalue()
+
+
+def png_16_bits(color_type: int, pixel: list[int]) -> bytes:
+    """A PNG of one pixel, of a kind that Pillow does not write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, color_type, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + struct.pack(f">{len(pixel)}H", *pixel))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def tiff(pixel: list[int], bits: int, photometric: int = 1, sample_format: int = 1, extra: int | None = None) -> bytes:
+    """A TIFF of two equal pixels, of a kind that Pillow does not write."""
+    n = len(pixel)
+    row = "".join(f"{value:0{bits}b}" for value in pixel * 2)
+    if bits == 16:  # little-endian
+        row = "".join(f"{value & 255:08b}{value >> 8:08b}" for value in pixel * 2)
+    pixels = int(row, 2).to_bytes(len(row) // 8, "big").ljust(16, b"\0")
+    bits_of_each = struct.pack("<4H", *[bits] * 4)
+    entries = [
+        *((256, 4, 1, 2), (257, 4, 1, 1), (259, 3, 1, 1), (262, 3, 1, photometric), (273, 4, 1, 8), (277, 3, 1, n)),
+        *((278, 4, 1, 1), (279, 4, 1, len(row) // 8), (339, 3, 1, sample_format)),
+        (258, 3, n, bits if n == 1 else bits | bits << 16 if n == 2 else 24),  # two fit in the entry, else: where
+    ]
+    if extra is not None:
+        entries.append((338, 3, 1, extra))
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"II*\0" + struct.pack("<I", 32) + pixels + bits_of_each + directory + bytes(4)
+
+
+def test_the_conversion_in_the_readme_makes_an_image_of_twelve_bits_readable(root):
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "4095" in block]
+    folder = root / "train" / "aardvark"
+    folder.mkdir()
+    values = np.array([[0, 4095], [2048, 1024]], np.uint16).repeat(2, axis=0).repeat(2, axis=1)
+    Image.fromarray(values).save(folder / "x-ray.tif")
+    exec(code, {"np": np, "Image": Image, "path": folder / "x-ray.tif", "copy": folder / "copy.png"})
+    (folder / "x-ray.tif").unlink()
+    assert images_of(root)[0, 0, ::2, ::2].tolist() == [[0, 255], [128, 64]]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 480), (4, 4)], ids=str)
@@ -266,6 +421,13 @@ def test_two_folders_with_the_same_files_are_two_data_sets(root, tmp_path):
     first = prepare("image_folder", tmp_path / "first", 4)
     os.rename(tmp_path / "first", root)
     assert prepare("image_folder", root, 4) != first
+
+
+def test_a_new_rule_for_pixels_is_a_new_conversion(root, conversions, monkeypatch):
+    images_of(root)
+    monkeypatch.setattr(catalog, "RULE", catalog.RULE + 1)
+    images_of(root)
+    assert len(conversions) == 2
 
 
 # ---- the converted copy is private, and there is one
