@@ -10,8 +10,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import settings
 from federation import schema
@@ -23,8 +23,7 @@ MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json
 
 def show_holdings(counts: dict[str, dict[str, int]]) -> None:
     """Print who holds what: a row a site, a column a class; `counts` is that of partition.json."""
-    widest = max(counts.values(), key=len)
-    classes = list(widest)
+    classes = list(dict.fromkeys(name for held in counts.values() for name in held))
     table = new_table()
     add_column(table, "site", left=True)
     for name in classes[:MAX_COLUMNS]:
@@ -46,13 +45,13 @@ def show(result: dict[str, Any]) -> None:
         add_column(table, site)
     rounds = result["rounds"]
     for entry in rounds if len(rounds) <= MAX_ROWS else [rounds[0], *rounds[1 - MAX_ROWS :]]:
-        row = (entry["sites"][site] for site in sites[:MAX_COLUMNS])
+        row = (entry["sites"].get(site) for site in sites[:MAX_COLUMNS])
         table.add_row(_after(entry["round"]), as_text(entry["accuracy"]), *map(as_text, row))
     table.add_section()
     test, best = result["test"], result["best"]
     tests = {"final test": test, **({f"best test (round {best['round']})": best["test"]} if best else {})}
     for name, its_test in tests.items():
-        row = (its_test["sites"][site]["accuracy"] for site in sites[:MAX_COLUMNS])
+        row = (its_test["sites"].get(site, {}).get("accuracy") for site in sites[:MAX_COLUMNS])
         table.add_row(name, as_text(its_test["accuracy"]), *map(as_text, row))
     title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"
     _print(title, table, len(rounds), len(sites), "results.json")
@@ -87,12 +86,18 @@ def new_table() -> Table:
 
 def add_column(table: Table, name: str, left: bool = False) -> None:
     """A column that is never cut, however narrow the screen."""
-    table.add_column(name, justify="left" if left else "right", no_wrap=True, min_width=max(len(name), 5))
+    width = max(len(name), 5)
+    table.add_column(Text(name), justify="left" if left else "right", no_wrap=True, min_width=width)  # never markup
+
+
+def print_table(table: Table) -> None:
+    """Print a table whose cells are any text: `[/b]` in a name is not markup."""
+    Console(markup=False, emoji=False).print(table, crop=False)
 
 
 def _print(title: str, table: Table, n_rows: int, n_columns: int, file: str) -> None:
     print(f"\n{title}")  # not the table's own title, which is folded to the table's width
-    Console().print(table, crop=False)
+    print_table(table)
     if n_rows > MAX_ROWS or n_columns > MAX_COLUMNS:
         print(f"(not all fits here: {file} has the rest)")
 
@@ -132,9 +137,9 @@ def show_comparison(results: dict[str, dict[str, Any]]) -> None:
     for name in results:
         add_column(table, f" {name}")
     for row in compare(results):
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     print()
-    Console().print(table, crop=False)
+    print_table(table)
 
 
 def main() -> int:

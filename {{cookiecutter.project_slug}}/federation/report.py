@@ -12,6 +12,7 @@ from federation import page, plots, schema, timing
 from federation.confusion import NoConfusion, confusion
 from federation.figures import as_text
 
+PARTS = ("train", "val", "test")  # of a site's images in partition.json
 METRICS = {"accuracy": "sites", "loss": "losses"}  # of a round in results.json -> the sites' own
 
 
@@ -100,14 +101,19 @@ def _learning(result: dict[str, Any]) -> list[str]:
 
 
 def _holdings(partition: dict[str, Any]) -> list[str]:
-    counts, classes = partition["counts"], partition["classes"]
-    matrix = np.array([[held[name] for name in classes] for held in counts.values()])
+    classes = partition["classes"]
+    counts = {site: held for site, held in partition["counts"].items() if held}  # a real site may keep them to itself
+    if not counts:
+        return [page.note("Unknown: no site told how many images of each class it has.")]
+    matrix = np.array([[held.get(name, 0) for name in classes] for held in counts.values()])
     plot = plots.heat_map(matrix, list(counts), classes, f"Images of {len(classes)} classes at {len(counts)} sites")
-    rows = [[site, *(len(own[part]) for part in ("train", "val", "test"))] for site, own in partition["sites"].items()]
-    return [
-        page.figure(plot, "Images to learn from, those for validation included: a row a site, a column a class."),
-        page.table(["site", "training", "validation", "test"], rows),
-    ]
+    parts = [page.figure(plot, "Training and validation images: one row per site, one column per class.")]
+    if silent := [site for site in partition["counts"] if site not in counts]:
+        parts.append(page.note(f"Not told by: {', '.join(silent)}."))
+    if partition["sites"]:  # not known of real sites
+        images = [[site, *(len(own[part]) for part in PARTS)] for site, own in partition["sites"].items()]
+        parts.append(page.table(["site", "training", "validation", "test"], images))
+    return parts
 
 
 def _confusion(run: Path, result: dict[str, Any], classes: list[str]) -> list[str]:

@@ -102,7 +102,7 @@ def make_run(folder, sites=SITES, classes=CLASSES, **changes):
     }
     (folder / "results.json").write_text(json.dumps(result), encoding="utf-8")
     torch.manual_seed(0)
-    torch.save(LitNet(num_classes=len(classes)).state_dict(), folder / "final.pt")
+    torch.save(LitNet(num_classes=max(len(classes), 2)).state_dict(), folder / "final.pt")
     return folder
 
 
@@ -223,7 +223,7 @@ def test_names_can_hold_any_character(tmp_path):
         assert name in page.sections["holdings"], name
 
 
-@pytest.mark.parametrize(("n_sites", "n_classes"), [(1, 2), (12, 10), (40, 30)])
+@pytest.mark.parametrize(("n_sites", "n_classes"), [(1, 1), (1, 2), (12, 10), (40, 30)])
 def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_classes):
     sites = tuple(f"site-{i + 1}" for i in range(n_sites))
     page = written(make_run(tmp_path / "many", sites=sites, classes=[f"class {i}" for i in range(n_classes)]))
@@ -233,6 +233,47 @@ def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_clas
     assert len(page.html) < 2_000_000
     if n_sites > plots.MAX_LINES:
         assert "each site" in page.sections["learning"]
+
+
+class TestRealSites:
+    """Of whom little is known: no image is on this machine, and each decides what it tells."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        """Of three sites, one was lost after the first round."""
+        run = make_run(tmp_path / "real", env="prod", dataset="image_folder", lost=["site-3"])
+        result = schema.read(run)
+        for entry in result["rounds"][1:]:
+            entry["sites"]["site-3"] = entry["losses"]["site-3"] = None
+        result["test"]["sites"] = {site: result["test"]["sites"][site] for site in SITES[:2]}
+        (run / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        self.tell(run, {})
+        return run
+
+    def tell(self, run, counts):
+        partition = {"classes": CLASSES, "sites": {}, "counts": counts}
+        (run / "partition.json").write_text(json.dumps(partition), encoding="utf-8")
+
+    def test_that_keep_their_counts_to_themselves_have_a_page(self, run):
+        page = written(run)
+        assert "Unknown: no site told how many images of each class it has." in page.sections["holdings"]
+        assert ["2", "site-2", "0.251", "0.251"] in page.rows["learning"]
+
+    def test_that_tell_their_counts_are_shown_and_the_others_named(self, run):
+        self.tell(run, {"site-1": dict.fromkeys(CLASSES, 4), "site-2": {}})
+        page = written(run)
+        assert "Images of 10 classes at 1 sites" in page.plots()
+        assert "Not told by: site-2." in page.sections["holdings"]
+        assert page.rows["holdings"] == []
+
+    def test_without_test_images_have_no_accuracy(self, run):
+        result = schema.read(run)
+        tests = {site: {"accuracy": None, "loss": None, "images": 0} for site in SITES[:2]}
+        result["test"] = {"accuracy": None, "loss": None, "sites": tests, "worst": None}
+        (run / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        page = written(run)
+        assert ["site-1", "0", "-", "-"] in page.rows["learning"]
+        assert "No matrix: no site has test images." in page.sections["confusion"]
 
 
 class TestTheMatrix:

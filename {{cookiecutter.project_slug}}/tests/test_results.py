@@ -124,6 +124,44 @@ def test_a_metric_that_is_missing_is_a_dash(runs, program):
     assert "loss -" in program("second")[1]
 
 
+MARKUP = "[/x]"  # rich would take it for the end of a style that never began, and raise
+
+
+def test_names_are_shown_as_they_are_whatever_they_hold(runs, program):
+    result = json.loads(OLDER.read_text(encoding="utf-8"))
+    for entry in (*result["rounds"], result["test"]):
+        entry["sites"][MARKUP] = entry["sites"].pop("site-1")
+    shutil.move(runs / "first", runs / "of [b]two")
+    add_run(runs / "odd", rounds=result["rounds"], test={**result["test"], "worst": MARKUP})
+    partition = {"counts": {MARKUP: {MARKUP: 3, ":cat:": 5}, ":dog:": {}}}
+    (runs / "odd" / "partition.json").write_text(json.dumps(partition), encoding="utf-8")
+    code, out, _ = program("odd")
+    assert code == 0
+    header, _, first, second = out.splitlines()[2:6]
+    assert (header.split(), first.split(), second.split()) == (
+        ["site", MARKUP, ":cat:", "all"],
+        [MARKUP, "3", "5", "8"],
+        [":dog:", "-", "-", "-"],
+    )
+    code, out, _ = program("odd", "of [b]two")
+    assert code == 0 and "of [b]two" in out
+
+
+def test_a_site_that_was_lost_or_has_no_test_images_is_shown_as_far_as_it_is_known(runs, program):
+    result = json.loads(OLDER.read_text(encoding="utf-8"))
+    for entry in result["rounds"][2:]:
+        entry["sites"]["site-3"] = None
+    result["test"]["sites"] = {"site-1": {"accuracy": None, "loss": None, "images": 0}}
+    result["test"] |= {"accuracy": None, "loss": None, "worst": None}
+    best = {"round": 1, "model": "best.pt", "test": {**result["test"], "sites": {}}}
+    add_run(runs / "lost", env="prod", lost=["site-3"], rounds=result["rounds"], test=result["test"], best=best)
+    (runs / "lost" / "partition.json").write_text('{"counts": {}}', encoding="utf-8")
+    code, out, _ = program("lost")
+    assert code == 0
+    assert "Final test accuracy -, loss -; " in out
+    assert program("lost", "first")[0] == 0
+
+
 def test_html_says_which_file_it_wrote(runs, program):
     shutil.copytree(runs / "first", runs / "second")
     code, out, _ = program("first", "second", "--html")
