@@ -21,6 +21,7 @@ from typing import Any
 OWN = ".venv/bin/python"  # what install.py makes, unless the Python that runs it has all that is needed
 BY_HAND = ["python3 install.py", "sh prepare_data.sh", f"{OWN} job.py --check  # python3, where no .venv was needed"]
 DOWNLOADS = {"cifar10": "170 MB", "fashion_mnist": "30 MB", "bloodmnist": "35 MB"}
+UNFIT = r"[\s'\"\\#]"  # in a project's path, as in its federation/command_line.py
 received: list[bool] = []  # signals: the first one ends the command that runs, and no step is begun after it
 
 
@@ -64,8 +65,9 @@ def step(title: str, *command: str, **options: Any) -> str:
 def set_up(dataset: str) -> tuple[list[str], list[str]]:
     """Do all steps that can be done; return what went wrong, and the commands to type next."""
     limit, data_limit = os.environ.get("FL_CHECK_TIMEOUT") or "300", os.environ.get("FL_DATA_TIMEOUT") or "600"
-    if re.search(r"\s", os.getcwd()):
-        return ["NOT VERIFIED: NVFlare cannot run in a folder whose path has spaces: move the project first"], BY_HAND
+    if re.search(UNFIT, os.getcwd()):
+        where = "a folder whose path has spaces, quotes, \\ or #"
+        return [f"NOT VERIFIED: NVFlare cannot run in {where}: move the project first"], BY_HAND
     if not limit.isdecimal():
         return [f"NOT VERIFIED: FL_CHECK_TIMEOUT is a whole number of seconds, not {limit!r}"], BY_HAND
     size = f"{DOWNLOADS.get(dataset)} unless they are in the cache, at most {data_limit} s (FL_DATA_TIMEOUT)"

@@ -1,5 +1,6 @@
 """The hook that sets a project up: every branch with faked processes, and all of it for real on a tiny project."""
 
+import ast
 import contextlib
 import os
 import runpy
@@ -206,13 +207,20 @@ def test_nothing_is_started_after_an_interruption(hook, end):
     assert last_commands(said)[0] == f"cd {Path.cwd()}" and "--check" in last_commands(said)[-1]
 
 
-def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_path):
-    (tmp_path / "my projects").mkdir()
-    monkeypatch.chdir(tmp_path / "my projects")
+@pytest.mark.parametrize("name", ["my projects", "my\tprojects", "Ann's", 'so "called"', "back\\slash", "#1"])
+def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_path, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
     code, said = hook()
     assert code == 0 and hook.commands == []
-    assert "NOT VERIFIED: NVFlare cannot run in a folder whose path has spaces" in said
-    assert f"  cd '{Path.cwd()}'" in said
+    assert "NOT VERIFIED: NVFlare cannot run in a folder whose path has spaces, quotes, \\ or #" in said
+    assert f"  cd {shlex.quote(str(Path.cwd()))}" in said
+
+
+def test_the_hook_refuses_the_same_paths_as_the_project(hook):
+    code = ast.parse((PROJECT / "federation" / "command_line.py").read_text(encoding="utf-8"))
+    [rule] = [node.value for node in code.body if isinstance(node, ast.Assign) and node.targets[0].id == "UNFIT"]
+    assert hook.globals["UNFIT"] == ast.literal_eval(rule)
 
 
 def test_nothing_at_all_is_done_for_a_comparison(hook, monkeypatch):

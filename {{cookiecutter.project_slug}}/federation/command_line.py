@@ -14,6 +14,9 @@ import settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 DATASETS = ("cifar10", "fashion_mnist", "bloodmnist", "digits", "image_folder")
+NO_MODELS = {*sys.stdlib_module_names, "torch", "torchmetrics", "torchvision", "pytorch_lightning", "lightning"}
+UNFIT = r"[\s'\"\\#]"  # in a project's path: NVFlare's simulator or POC fails, long after its start
+MAX_NAME = 100  # letters of a run's name: files that are named after it have more of them
 ALGORITHMS = {"fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD", "fedopt": "FedOpt"}
 OWN_FLAGS = {  # flag -> its default, and the algorithms that use it
     "fedprox_mu": (settings.FEDPROX_MU, ("fedprox",)),
@@ -206,8 +209,9 @@ def validate(options: argparse.Namespace) -> None:
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise UsageError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")
     _validate_name(options)
-    if re.search(r"\s", str(PROJECT)):
-        raise UsageError(f"NVFlare cannot run in a folder whose path has spaces: move the project out of '{PROJECT}'")
+    if re.search(UNFIT, str(PROJECT)):
+        what = f"a folder whose path has spaces, quotes, \\ or #: move the project out of {str(PROJECT)!r}"
+        raise UsageError(f"NVFlare cannot run in {what}")
     own_roots = "{site}" in (options.data_root or "")
     if own_roots and options.partition not in (None, "none"):
         raise UsageError(f"--partition {options.partition} deals images out, but with {{site}} each site has its own")

@@ -140,12 +140,20 @@ def test_without_nvflare_it_names_the_interpreter_to_use(project):
     assert "use .venv/bin/python job.py" in project.run("-S", "job.py").stderr
 
 
-def test_a_path_with_a_space_is_refused(project):
-    moved = project.folder.rename(project.folder.with_name("my project"))
-    project.folder = moved
+@pytest.mark.parametrize("name", ["my project", "Ann's", 'so "called"', "back\\slash", "#1"])
+def test_a_path_in_which_nvflare_cannot_run_is_refused(project, name):
+    project.folder = project.folder.rename(project.folder.with_name(name))
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
-    assert "NVFlare cannot run in a folder whose path has spaces" in run.stderr
+    assert re.fullmatch(r"job.py: NVFlare cannot run in a folder whose path has spaces, quotes, .*\n", run.stderr)
+    assert not (project.folder / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["a%&;(){}$b", "a:,[]*?`b", "a!~=+@^|<>b", "aé猫b"])
+def test_a_path_with_other_characters_is_accepted(monkeypatch, name):
+    monkeypatch.setattr(command_line, "PROJECT", command_line.PROJECT.with_name(name))
+    monkeypatch.setattr(command_line, "model_names", lambda: ["LitNet"])  # nothing is there
+    command_line.validate(command_line.parse([]))
 
 
 def test_prepare_data_gets_the_data_ready_and_stops(project):
