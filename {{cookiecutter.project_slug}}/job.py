@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from federation.command_line import ALGORITHMS, PROJECT, UsageError, parse, validate
+from federation.command_line import ALGORITHMS, PROJECT, UsageError, check_model, parse, validate
 from federation.runs import new_run, point_latest_to
 
 if TYPE_CHECKING:  # Lightning takes seconds
@@ -32,6 +32,7 @@ def main() -> int:
         options = parse()
         validate(options)
         os.chdir(PROJECT)
+        check_model(options.model_class)
         if options.check:
             return check(options)
         holdings = get_data(options)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import builtins
 import importlib.util
 import json
 import os
@@ -152,7 +153,9 @@ def stage_of(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_names() -> list[str]:
-    """The classes of model.py that derive from LightningModule. They are read, not imported, which takes seconds.
+    """The classes of model.py that may derive from LightningModule. They are read, not imported, which takes seconds.
+
+    A base class that comes from elsewhere can be anything: `check_model` decides once model.py is imported.
 
     Raises:
         UsageError: model.py is not Python.
@@ -161,11 +164,41 @@ def model_names() -> list[str]:
         code = ast.parse((PROJECT / "model.py").read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise UsageError(f"model.py, line {error.lineno}: {error.msg}") from None
-    found = ["LightningModule"]
+    found = []
+    others = set(dir(builtins))  # names that do not lead to a LightningModule
     for node in code.body:
-        if isinstance(node, ast.ClassDef) and {ast.unparse(base).split(".")[-1] for base in node.bases} & set(found):
-            found.append(node.name)
-    return found[1:]
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                module = getattr(node, "module", None) or alias.name
+                if module.split(".")[0] in NO_MODELS and alias.name != "LightningModule":
+                    others.add(alias.asname or alias.name.split(".")[0])
+        elif isinstance(node, ast.ClassDef):
+            bases = [re.split(r"[^\w.]", ast.unparse(base))[0] for base in node.bases]
+            if all(base.split(".")[0] in others and not base.endswith(".LightningModule") for base in bases):
+                others.add(node.name)
+            else:
+                found.append(node.name)
+    return found
+
+
+def check_model(name: str) -> None:
+    """Import model.py, which takes seconds, and see that it has this LightningModule.
+
+    Raises:
+        UsageError: it cannot be imported, or the class derives from something else.
+    """
+    import federation.quick_start  # noqa: F401 (before Lightning)
+
+    # isort: split
+    from pytorch_lightning import LightningModule
+
+    try:
+        import model
+    except Exception as error:  # whatever a user's file raises
+        fault = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"model.py cannot be imported ({fault}): see where with  python -c 'import model'") from None
+    if not issubclass(getattr(model, name), LightningModule):
+        raise UsageError(f"--model is {name!r}: that class of model.py does not derive from LightningModule")
 
 
 def validate(options: argparse.Namespace) -> None:

@@ -178,3 +178,61 @@ def test_without_a_run_results_says_what_to_do(project):
     run = project.run("results.py")
     assert run.returncode == 2
     assert run.stderr.endswith("is not there: finish a run with python job.py\n")
+OTHERS = """
+from collections import OrderedDict
+import pytorch_lightning as pl
+from pytorch_lightning import LightningModule as Base
+from elsewhere import Mine, Other
+
+class Table(OrderedDict): pass
+class Layer(nn.Module): pass
+class Told(pl.Callback): pass
+class First(Base): pass
+class Second(pl.LightningModule): pass
+class Third(Mine): pass
+class Fourth(Third): pass
+class Fifth(Layer, Third): pass
+class NoModel(Other): pass
+"""
+ELSEWHERE = """
+from pytorch_lightning import LightningModule
+
+class Mine(LightningModule): pass
+class Other: pass
+"""
+
+
+@pytest.fixture
+def with_others(project):
+    """A project whose model.py has classes of many kinds besides its own."""
+    (project.folder / "elsewhere.py").write_text(ELSEWHERE, encoding="utf-8")
+    with (project.folder / "model.py").open("a", encoding="utf-8") as file:
+        file.write(OTHERS)
+    return project
+
+
+def test_a_model_may_derive_from_a_lightning_module_of_elsewhere(with_others, monkeypatch):
+    monkeypatch.setattr(command_line, "PROJECT", with_others.folder)
+    known = ["LitNet", "LitResNet", "First", "Second", "Third", "Fourth", "Fifth", "NoModel"]
+    assert command_line.model_names() == known
+    run = with_others.run("job.py", "--dataset", "digits", "--prepare_only", "--model", "Fifth")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_class_that_turns_out_to_be_no_model_is_refused(with_others):
+    run = with_others.run("job.py", "--dataset", "digits", "--model", "NoModel")
+    assert (run.returncode, run.stdout) == (2, "")
+    said = "--model is 'NoModel': that class of model.py does not derive from LightningModule"
+    assert run.stderr == f"job.py: {said}\n"
+    assert not (with_others.folder / "runs").exists()
+
+
+def test_a_model_file_that_cannot_be_imported_is_refused(with_others):
+    (with_others.folder / "elsewhere.py").unlink()
+    run = with_others.run("job.py", "--dataset", "digits")
+    assert run.returncode == 2
+    said = "model.py cannot be imported (ModuleNotFoundError: No module named 'elsewhere')"
+    assert run.stderr == f"job.py: {said}: see where with  python -c 'import model'\n"
+    assert not (with_others.folder / "runs").exists()
+
+
