@@ -15,6 +15,7 @@ from rich.text import Text
 
 import settings
 from federation import schema
+from federation.command_line import run_folder
 from federation.figures import as_text
 
 RUNS = Path(__file__).resolve().parent / "runs"
@@ -144,11 +145,11 @@ def show_comparison(results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show the result of a run, or several side by side.")
-    parser.add_argument("run", nargs="*", default=["latest"], help="name of a folder under runs/ [the newest]")
+    parser.add_argument("run", nargs="*", default=["latest"], help="its name or folder [the newest]")
     page = "write a page instead: runs/RUN/report.html; of several runs, runs/comparison.html"
     parser.add_argument("--html", action="store_true", help=page)
     options = parser.parse_args()
-    runs = list(dict.fromkeys((RUNS / name).resolve() for name in options.run))
+    runs = list(dict.fromkeys(run_folder(name, RUNS) for name in options.run))
     try:
         results = {run.name: schema.read(run) for run in runs}
         if options.html:

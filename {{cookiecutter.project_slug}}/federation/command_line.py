@@ -129,18 +129,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def run_folder(name: str, runs: Path) -> Path:
+    """A run's folder, by its name or by its path, as a shell completes it: `first`, `runs/first/`."""
+    path = Path(name)
+    return (runs / path if len(path.parts) == 1 else path).resolve()
+
+
 def read_run(name: str) -> dict[str, Any]:
     """The results.json of a run to go on from, and its `folder`.
 
     Raises:
         UsageError: there is none.
     """
-    folder = (PROJECT / "runs" / name).resolve()
+    folder = run_folder(name, PROJECT / "runs")
     try:
         made = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         missing = [key for key in ("rounds", "model", *KEPT) if key not in made]
-    except (OSError, ValueError):
-        raise UsageError(f"--resume {name}: runs/{name} has no results.json: only a finished run can go on") from None
+    except (OSError, TypeError, ValueError):
+        raise UsageError(f"--resume {name}: {folder} has no results.json: only a finished run can go on") from None
     if missing:
         raise UsageError(f"--resume {name}: its results.json has no {missing[0]!r}: another version made it")
     return {**made, "folder": folder}

@@ -67,6 +67,9 @@ REFUSED = {
     "a run that was broken off": (["--resume", "broken"], "runs/broken has no results.json"),
     "a run of another version": (["--resume", "old"], "its results.json has no 'rounds': another version made it"),
     "going on with other data": (
+    "a run of the first version": (["--resume", "oldest"], "its results.json has no 'model_class': another version"),
+    "a result that is none": (["--resume", "none"], "runs/none has no results.json"),
+    "going on from elsewhere": (["--resume", "/nowhere/first/"], "/nowhere/first has no results.json"),
         ["--resume", "first", "--dataset", "cifar10"],
         "--dataset is cifar10, but digits in runs/first: a run goes on with the data, sites, seed and algorithm",
     ),
@@ -143,6 +146,36 @@ def test_a_run_goes_on_with_its_own_settings(runs):
 def test_the_newest_run_goes_on_under_its_own_name(runs):
     (runs / "latest").symlink_to("first")
     assert parsed("--resume", "latest").resume == "first"
+@pytest.mark.parametrize("path", ["first/", "runs/first", "runs/first/", "./runs/first/", "runs/latest/"])
+def test_a_run_goes_on_by_its_path_as_a_shell_completes_it(runs, monkeypatch, path):
+    (runs / "latest").symlink_to("first")
+    monkeypatch.chdir(runs.parent)
+    options = parsed("--resume", path)
+    assert (options.resume, options.resume_from) == ("first", runs / "first" / "final.pt")
+
+
+BROKEN = {
+    "no list of images": ("partition.json", None, "partition.json is missing or broken"),
+    "a list of images that was cut short": ("partition.json", '{"cla', "partition.json is missing or broken"),
+    "a model that was cut short": ("final.pt", "PK", "its model does not load into LitNet"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_run_whose_files_are_broken_does_not_go_on(runs, fault):
+    from data import Holdings
+    from federation import resume
+
+    holdings = Holdings(["cat", "dog"], {}, {})
+    (runs / "first" / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)))
+    name, text, message = BROKEN[fault]
+    (runs / "first" / name).write_text(text) if text else (runs / "first" / name).unlink()
+    with pytest.raises(command_line.UsageError) as refusal:
+        resume.check(parsed("--resume", "first"), holdings)
+    assert str(refusal.value).startswith("--resume first: ") and message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
 
 
 EXPORT = """

@@ -92,6 +92,23 @@ def test_a_run_that_is_not_there_is_refused_in_one_line(runs, program):
     assert err == f"results.py: {runs / 'second' / 'results.json'} is not there: finish a run with python job.py\n"
 
 
+@pytest.mark.parametrize("path", ["first/", "runs/first", "runs/first/", "./runs/first/", "runs/latest/"])
+def test_a_run_is_named_by_its_path_as_a_shell_completes_it(tmp_path, monkeypatch, program, path):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("results.RUNS", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    add_run(tmp_path / "runs" / "first")
+    (tmp_path / "runs" / "latest").symlink_to("first")
+    assert program(path) == program("first")
+    assert program(path)[0] == 0
+
+
+def test_a_path_that_is_no_run_is_refused_in_one_line(runs, program):
+    code, out, err = program(f"{runs}/elsewhere/")
+    assert (code, out) == (2, "")
+    assert err == f"results.py: {runs}/elsewhere/results.json is not there: finish a run with python job.py\n"
+
+
 def test_an_older_run_is_shown(runs, program):
     code, out, _ = program("first")
     assert code == 0
