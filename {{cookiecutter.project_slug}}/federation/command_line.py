@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import settings
 
 PROJECT = Path(__file__).resolve().parent.parent
-DATASETS = ("cifar10", "fashion_mnist", "bloodmnist", "digits", "image_folder")
 NO_MODELS = {*sys.stdlib_module_names, "torch", "torchmetrics", "torchvision", "pytorch_lightning", "lightning"}
 UNFIT = r"[\s'\"\\#]"  # in a project's path: NVFlare's simulator or POC fails, long after its start
 MAX_NAME = 100  # letters of a run's name: files that are named after it have more of them
+DATASETS = ("cifar10", "fashion_mnist", "bloodmnist", "digits", "image_folder")
 ALGORITHMS = {"fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD", "fedopt": "FedOpt"}
 OWN_FLAGS = {  # flag -> its default, and the algorithms that use it
     "fedprox_mu": (settings.FEDPROX_MU, ("fedprox",)),
@@ -247,6 +247,8 @@ def validate(options: argparse.Namespace) -> None:
         raise UsageError(f"--model is {options.model_class!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise UsageError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")
+    if options.name is not None and len(options.name) > MAX_NAME:
+        raise UsageError(f"--name has {len(options.name)} letters: it must have {MAX_NAME} or fewer")
     _validate_name(options)
     if re.search(UNFIT, str(PROJECT)):
         what = f"a folder whose path has spaces, quotes, \\ or #: move the project out of {str(PROJECT)!r}"
@@ -318,7 +320,12 @@ def _validate_environment(options: argparse.Namespace) -> None:
     kit = Path(options.startup_kit, "startup", "fed_admin.json")
     if not kit.is_file():
         raise UsageError(f"--startup_kit: {kit} is not there: name the folder that holds startup/, a submitter's kit")
-    options.username = options.username or json.loads(kit.read_text(encoding="utf-8"))["admin"]["username"]
+    try:
+        submitter = json.loads(kit.read_text(encoding="utf-8"))["admin"]["username"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fault = f"{kit} does not name a submitter: unpack the kit that you were given again"
+        raise UsageError(f"--startup_kit: {fault}") from None
+    options.username = options.username or submitter
 
 
 def _sites_of_project() -> list[str]:

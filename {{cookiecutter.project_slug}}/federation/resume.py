@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import pickle
 
 import torch
 
@@ -28,10 +29,18 @@ def check(options: argparse.Namespace, holdings: Holdings) -> None:
     Raises:
         UsageError: they do not, or it is not.
     """
-    before = json.loads((options.resume_from.parent / "partition.json").read_text(encoding="utf-8"))
+    partition = options.resume_from.parent / "partition.json"
+    try:
+        before = json.loads(partition.read_text(encoding="utf-8"))
+        classes = before["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"--resume {options.resume}: {partition} is missing or broken, and says which images the sites held: "
+            "resume another run"
+        ) from None
     now = json.loads(json.dumps(dataclasses.asdict(holdings)))
     if options.env == "prod":  # only the classes are known: each site sees to its own images
-        before, now = before["classes"], now["classes"]
+        before, now = classes, now["classes"]
     if before != now:
         raise UsageError(f"--resume {options.resume}: its sites held other images: give the --data_root that it had")
     try:
@@ -39,7 +48,7 @@ def check(options: argparse.Namespace, holdings: Holdings) -> None:
             num_classes=len(holdings.classes), learning_rate=options.learning_rate
         )
         model.load_state_dict(torch.load(options.resume_from, weights_only=True))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UsageError(
             f"--resume {options.resume}: its model does not load into {options.model_class}: {reason}"

@@ -1,5 +1,6 @@
 """The algorithms: what is refused, where FedOpt begins, what whole federations give, twice and gone on from."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_opt.pt.fedopt import PTFedOptModelShareableGenerator
 
-from conftest import Project
+from conftest import PROJECT, Project
 from federation import command_line, recipes
 from federation.aggregator import OrderedScaffold
 from federation.fedopt import StartFromCheckpoint
@@ -66,10 +67,10 @@ REFUSED = {
     ),
     "a run that was broken off": (["--resume", "broken"], "runs/broken has no results.json"),
     "a run of another version": (["--resume", "old"], "its results.json has no 'rounds': another version made it"),
-    "going on with other data": (
     "a run of the first version": (["--resume", "oldest"], "its results.json has no 'model_class': another version"),
     "a result that is none": (["--resume", "none"], "runs/none has no results.json"),
     "going on from elsewhere": (["--resume", "/nowhere/first/"], "/nowhere/first has no results.json"),
+    "going on with other data": (
         ["--resume", "first", "--dataset", "cifar10"],
         "--dataset is cifar10, but digits in runs/first: a run goes on with the data, sites, seed and algorithm",
     ),
@@ -92,7 +93,9 @@ def runs(tmp_path, monkeypatch) -> Path:
     """Runs to go on from: one that is finished, one that was broken off, one of another version."""
     (tmp_path / "model.py").write_text("class LitNet(LightningModule): pass\n")
     monkeypatch.setattr(command_line, "PROJECT", tmp_path)
-    for name, text in (("first", json.dumps(MADE)), ("broken", None), ("old", "{}")):
+    oldest = (PROJECT / "tests" / "results_version_0.json").read_text()
+    texts = {"first": json.dumps(MADE), "broken": None, "old": "{}", "oldest": oldest, "none": "null"}
+    for name, text in texts.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
         if text:
             (tmp_path / "runs" / name / "results.json").write_text(text)
@@ -143,9 +146,6 @@ def test_a_run_goes_on_with_its_own_settings(runs):
     assert parsed("--resume", "first", "--num_rounds", "7", "--learning_rate", "0.1").learning_rate == 0.1
 
 
-def test_the_newest_run_goes_on_under_its_own_name(runs):
-    (runs / "latest").symlink_to("first")
-    assert parsed("--resume", "latest").resume == "first"
 @pytest.mark.parametrize("path", ["first/", "runs/first", "runs/first/", "./runs/first/", "runs/latest/"])
 def test_a_run_goes_on_by_its_path_as_a_shell_completes_it(runs, monkeypatch, path):
     (runs / "latest").symlink_to("first")
@@ -176,6 +176,9 @@ def test_a_run_whose_files_are_broken_does_not_go_on(runs, fault):
     assert "\n" not in str(refusal.value)
 
 
+def test_the_newest_run_goes_on_under_its_own_name(runs):
+    (runs / "latest").symlink_to("first")
+    assert parsed("--resume", "latest").resume == "first"
 
 
 EXPORT = """

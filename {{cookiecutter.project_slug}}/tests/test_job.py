@@ -29,6 +29,7 @@ BAD_FLAGS = {
     "an unknown flag": (["--rounds", "2"], "unrecognized arguments: --rounds 2"),
     "words for a number": (["--n_clients", "two"], "argument --n_clients: invalid int value: 'two'"),
     "a path for a name": (["--name", "../x"], "--name is '../x': letters, digits"),
+    "a name that is no file's": (["--name", "a" * 101], "--name has 101 letters: it must have 100 or fewer"),
     "the name of the link": (["--name", "latest"], "runs/latest exists"),
     "images dealt that each site has": (
         ["--data_root", "/nowhere/{site}", "--partition", "iid"],
@@ -45,6 +46,16 @@ def test_a_wrong_flag_is_refused_in_one_line(project, fault):
     assert run.stdout == ""
     assert re.fullmatch(r"job.py: .*\n", run.stderr)
     assert message in run.stderr
+    assert not (project.folder / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"admin": 7}', '{"admin": {"name": "x"}}'])
+def test_a_startup_kit_that_names_no_submitter_is_refused(project, tmp_path, text):
+    (tmp_path / "kit" / "startup").mkdir(parents=True)
+    (tmp_path / "kit" / "startup" / "fed_admin.json").write_text(text, encoding="utf-8")
+    run = project.run("job.py", "--env", "prod", "--dataset", "digits", "--startup_kit", str(tmp_path / "kit"))
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(r"job.py: --startup_kit: .*/fed_admin.json does not name a submitter: .*\n", run.stderr)
     assert not (project.folder / "runs").exists()
 
 
@@ -174,10 +185,6 @@ def test_a_model_file_that_is_not_python_is_refused(project):
     assert re.fullmatch(r"job.py: model.py, line \d+: .*\n", run.stderr)
 
 
-def test_without_a_run_results_says_what_to_do(project):
-    run = project.run("results.py")
-    assert run.returncode == 2
-    assert run.stderr.endswith("is not there: finish a run with python job.py\n")
 OTHERS = """
 from collections import OrderedDict
 import pytorch_lightning as pl
@@ -236,3 +243,7 @@ def test_a_model_file_that_cannot_be_imported_is_refused(with_others):
     assert not (with_others.folder / "runs").exists()
 
 
+def test_without_a_run_results_says_what_to_do(project):
+    run = project.run("results.py")
+    assert run.returncode == 2
+    assert run.stderr.endswith("is not there: finish a run with python job.py\n")
