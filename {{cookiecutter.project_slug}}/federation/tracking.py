@@ -30,8 +30,10 @@ def add_tracking(recipe: Any, tracker: str, run: Path) -> None:
     if tracker == "none":
         return
     if tracker == "mlflow":
+        os.environ.setdefault("MLFLOW_TRACKING_URI", MLFLOW_STORE)  # simulator and POC inherit it
         names = {"experiment_name": PROJECT.name, "run_name": run.name, "experiment_tags": {}, "run_tags": {}}
-        config = {"tracking_uri": os.environ.setdefault("MLFLOW_TRACKING_URI", MLFLOW_STORE), "kw_args": names}
+        # NVFlare's server puts its own variable in there: an address, perhaps with a password, is not for the sites.
+        config = {"tracking_uri": "{$MLFLOW_TRACKING_URI}", "kw_args": names}
     elif tracker == "wandb":
         import wandb
 

@@ -137,6 +137,62 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch, tracker):
         validate(parse(["--tracking", tracker]))
 
 
+EXPORT = """
+import importlib.machinery, importlib.util, sys
+from unittest.mock import MagicMock
+
+parts = {"mlflow": ["entities", "tracking", "tracking.client"], "wandb": []}
+for tracker in parts:  # what is not installed is stood in for: only names are looked up in it
+    if importlib.util.find_spec(tracker) is None:
+        for name in (tracker, *(f"{tracker}.{part}" for part in parts[tracker])):
+            sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+import job
+sys.exit(job.main())
+"""
+ADDRESS = "https://ann:s3cret@mlflow.example"
+
+
+def texts_in(value) -> list[str]:
+    """All texts in a piece of JSON."""
+    if isinstance(value, dict | list):
+        return [text for inner in (value.values() if isinstance(value, dict) else value) for text in texts_in(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize(("tracker", "address"), [*((tracker, None) for tracker in TRACKERS), ("mlflow", ADDRESS)])
+def test_a_job_carries_no_password_and_no_path_of_the_submitters_machine(project, tmp_path, tracker, address):
+    flags = ["--env", "prod", "--dataset", "digits", "--tracking", tracker, "--export", str(tmp_path / "job")]
+    surroundings = {"WANDB_MODE": "offline", **({"MLFLOW_TRACKING_URI": address} if address else {})}
+    run = project.run("-c", EXPORT, *flags, **surroundings)
+    assert run.returncode == 0, run.stderr
+    files = [path for path in (tmp_path / "job").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        assert b"s3cret" not in content and str(tmp_path).encode() not in content, path
+        texts = texts_in(json.loads(content)) if path.suffix == ".json" else []
+        assert [text for text in texts if text.startswith("/") or "://" in text] == [], path
+
+
+def test_the_server_sends_to_the_mlflow_of_its_own_environment(project, tmp_path, monkeypatch):
+    from nvflare.fuel.utils.json_scanner import JsonScanner
+    from nvflare.fuel.utils.wfconf import resolve_var_refs
+
+    flags = ["--env", "prod", "--dataset", "digits", "--tracking", "mlflow", "--export", str(tmp_path / "job")]
+    assert project.run("-c", EXPORT, *flags).returncode == 0
+
+    def address() -> str | None:
+        config = json.loads((tmp_path / "job" / "app" / "config" / "config_fed_server.json").read_text())
+        resolve_var_refs(JsonScanner(config), {})  # as NVFlare's server does before it builds its components
+        [receiver] = [component for component in config["components"] if component["path"].endswith("MLflowReceiver")]
+        return receiver["args"]["tracking_uri"]
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", ADDRESS)
+    assert address() == ADDRESS
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert address() is None  # a database in the job's folder on the server
+
+
 def federate(tmp_path_factory, tracker, **environment) -> Project:
     """Two sites, three rounds, in the project's copy."""
     project = Project(tmp_path_factory.mktemp(tracker) / "project")
