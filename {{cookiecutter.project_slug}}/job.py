@@ -6,8 +6,10 @@ Command line -> data -> recipe -> simulator, POC or sites -> `runs/<name>/` with
 import argparse
 import dataclasses
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,12 +82,10 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     Raises:
         FederationError: a site failed.
     """
-    import shutil
-
     import torch
 
     import results
-    from federation import display, outcome, recipes, resume, schema, simulator, tracking
+    from federation import display, outcome, resume, schema, simulator, tracking
     from federation.files import write_json
     from federation.workspace import RunFailed
 
@@ -98,9 +98,7 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
 
     try:
         write_json(folder / "partition.json", dataclasses.asdict(holdings))
-        recipe = recipes.build(options, holdings, folder)
-        tracking.add_tracking(recipe, options.tracking, folder)
-        recipe.export(str(folder))
+        job = build_job(options, holdings, folder)
     except BaseException:  # nothing has run: nothing is lost, and the name is free again
         shutil.rmtree(folder)
         raise
@@ -121,7 +119,7 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
         from federation.sites import submit as run_job
     try:
         with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
-            run_job(folder / recipe.name, folder, options, follow)
+            run_job(job, folder, options, follow)
         names = options.sites or list(holdings.sites)
         brought = outcome.bring_home(folder, options.num_rounds, names, options.patience, options.env != "sim")
     except RunFailed as error:
@@ -149,17 +147,31 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     return result
 
 
+def build_job(options: argparse.Namespace, holdings: "Holdings", run: Path) -> Path:
+    """Write the job, which is all that the server and the sites get, into a run's folder, and return its own folder."""
+    from federation import recipes, tracking
+
+    recipe = recipes.build(options, holdings, run)
+    tracking.add_tracking(recipe, options.tracking, run)
+    recipe.export(str(run))
+    return run / recipe.name
+
+
 def export(options: argparse.Namespace, holdings: "Holdings") -> None:
     """Write the job for real sites to `options.export`: what a submission sends, to be reviewed or submitted."""
-    import shutil
+    sys.argv = sys.argv[:1]  # NVFlare has an --export of its own, and warns
+    from federation import sites
 
-    from federation import recipes, sites
-
-    run = new_run(options.name)
-    recipe = recipes.build(options, holdings, run)
-    recipe.export(str(run))
-    sites.address(run / recipe.name, options.sites)
-    shutil.copytree(run / recipe.name, options.export)
+    # Not a run, but within the project: NVFlare bundles files only by a relative path.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=".") as folder:
+        run = Path(os.path.relpath(folder)) / (options.name or Path(options.export).name)
+        run.mkdir()
+        job = build_job(options, holdings, run)
+        sites.address(job, options.sites)
+        try:
+            shutil.copytree(job, options.export)
+        except OSError as error:
+            raise UsageError(f"--export: {options.export} cannot be written: {error}") from None
     print(f"{options.export} is the job: submit it with  nvflare job submit -j {options.export} --startup-kit KIT")
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from conftest import names_in
 from federation import catalog, command_line, partition
 from job import main
 
@@ -183,6 +184,47 @@ def test_a_model_file_that_is_not_python_is_refused(project):
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
     assert re.fullmatch(r"job.py: model.py, line \d+: .*\n", run.stderr)
+
+
+UNREACHED = """
+import sys
+from federation import sites
+from federation.workspace import RunFailed
+
+def no_server(*_):
+    raise RunFailed("there is no server")
+
+sites.Server = no_server
+import job
+sys.exit(job.main())
+"""
+
+
+def files_in(folder) -> dict:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_is_what_a_submission_sends_and_leaves_no_run_behind(project, tmp_path):
+    (tmp_path / "kit" / "startup").mkdir(parents=True)
+    (tmp_path / "kit" / "startup" / "fed_admin.json").write_text('{"admin": {"username": "ann@example.com"}}')
+    flags = ["--env", "prod", "--dataset", "digits", "--tracking", "tensorboard", "--sites", "north,south"]
+    before = names_in(project.folder)
+    run = project.run("job.py", *flags, "--export", str(tmp_path / "job"))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert sorted({*names_in(project.folder)} - {"__pycache__"}) == before
+    run = project.run("-c", UNREACHED, *flags, "--startup_kit", str(tmp_path / "kit"), "--name", "sent")
+    assert run.returncode == 1 and "there is no server" in run.stderr
+    exported = files_in(tmp_path / "job")
+    assert exported == files_in(project.folder / "runs" / "sent" / "job")
+    assert b"TBAnalyticsReceiver" in exported["app/config/config_fed_server.json"]
+
+
+def test_an_export_that_cannot_be_written_is_refused(project, tmp_path, permissions_bind):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    flags = ["--env", "prod", "--dataset", "digits", "--export", str(tmp_path / "closed" / "job")]
+    run = project.run("job.py", *flags)
+    assert run.returncode == 2
+    assert re.fullmatch(r"job.py: --export: .*/job cannot be written: .*\n", run.stderr)
 
 
 OTHERS = """
