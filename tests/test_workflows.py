@@ -39,6 +39,15 @@ def test_every_job_ends_in_time(workflow):
     assert [name for name, job in jobs.items() if not 0 < job.get("timeout-minutes", 0) <= 60] == []
 
 
+def test_every_night_all_tests_run_the_slow_ones_included_with_every_tracker():
+    nightly = yaml.safe_load((TEMPLATE / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8"))
+    commands = [[step["run"] for step in job["steps"] if "run" in step] for job in nightly["jobs"].values()]
+    [commands] = [lines for lines in commands if any("test-all" in line for line in lines)]
+    assert commands[-2:] == [".venv/bin/python -m pip install mlflow wandb", "make PYTHON=python test-all"]
+    planned = subprocess.run(["make", "--dry-run", "test-all"], cwd=TEMPLATE, capture_output=True, encoding="utf-8")
+    assert planned.stdout.splitlines()[-1] == ".venv/bin/python -m pytest"  # none is deselected
+
+
 def test_the_projects_workflow_holds_nothing_that_looks_like_the_template():
     [workflow] = [path for path in WORKFLOWS if PROJECT in path.parents]
     assert "{{" not in workflow.read_text(encoding="utf-8")
