@@ -1,7 +1,8 @@
 """The receipt: what came from each site, written down at the server's door as it arrives.
 
-It is of what was sent, not of what should have been: every value of every message is listed, whoever put it there.
-Only names, types and sizes are kept, never a value.
+It is of what was sent, not of what should have been: every value of every answer to a task is listed, whoever put it
+there. Only names, types and sizes are kept, never a value. Of a curve for a tracker the first message is listed.
+NVFlare's other messages (heartbeats, what administrators ask a site for) do not come by here.
 """
 
 import json

@@ -191,8 +191,10 @@ def _receipt(run: Path, result: dict[str, Any]) -> list[str]:
     named = ["round", "site", "answer to", "tensors", "bytes", "metrics", "other entries", "NVFlare's own entries"]
     parts = [
         f"<p>Written down by the server as each answer arrived: {len(records)} answers of {len(sites)} sites, "
-        f"{total:,} bytes of tensors in all. What is not listed did not arrive. No value is kept, only names, types "
-        "and sizes; NVFlare's own signals, such as heartbeats, are not answers and are not listed.</p>",
+        f"{total:,} bytes of tensors in all. No value is kept, only names, types and sizes. Every answer to a task "
+        "(training, evaluation) is listed with all that was in it. Of a curve for a tracker only the first message is, "
+        "however many followed. Not listed are NVFlare's other messages, such as heartbeats, and what administrators "
+        "fetched from a site with commands of their own.</p>",
         _foreign(run, result, records),
         page.table(named, rows),
     ]

@@ -379,6 +379,15 @@ class TestAReceipt:
         assert "2 answers of 2 sites, 6,800 bytes" in page.sections["receipt"]
         assert "Every tensor has the name and the shape of a weight" in page.sections["receipt"]
 
+    def test_does_not_claim_more_than_it_lists(self, run):
+        """Curves are a line each, and what administrators fetch never comes by."""
+        add_receipt(run, ("site-1", answer()))
+        text = written(run).sections["receipt"]
+        assert "What is not listed did not arrive" not in text
+        assert "Every answer to a task (training, evaluation) is listed" in text
+        assert "Of a curve for a tracker only the first message" in text
+        assert "Not listed are NVFlare's other messages" in text and "administrators" in text
+
     def test_points_to_what_is_not_of_the_model(self, run):
         add_receipt(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
         page = written(run)
