@@ -1,8 +1,10 @@
 """What the project ships for real sites: who takes part, and containers that can do little harm."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,6 +23,37 @@ def test_the_sites_of_a_federation_are_as_many_as_were_asked_for(bake, num_clien
         "lead",
         "member",
     }
+
+
+def test_a_site_can_forbid_what_the_guide_says_and_nothing_else(bake, tmp_path):
+    """Administrators can no longer look into its folders; all their other rights are NVFlare's default."""
+    from nvflare.apis.fl_constant import AdminCommandNames
+    from nvflare.fuel.sec.authz import AuthzContext, Person
+    from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory, FLAuthorizer
+
+    project = bake()
+    [text] = re.findall(r"```json\n(.*?)```", project.read("deploy/README.md"), re.DOTALL)
+    nvflare = [Path(sys.executable).with_name("nvflare"), "provision", "-p", "deploy/project.yml", "-w", tmp_path]
+    subprocess.run(nvflare, cwd=project.path, check=True, capture_output=True)
+    [default] = tmp_path.glob("*/prod_00/site-1/local/authorization.json.default")
+    default = json.loads(default.read_text(encoding="utf-8"))
+    roles, rights = default["permissions"], {*COMMAND_CATEGORIES, *default["permissions"]["lead"]}
+    shell = {command for command, category in COMMAND_CATEGORIES.items() if category == CommandCategory.SHELL_COMMANDS}
+    forbidden = {*shell, CommandCategory.SHELL_COMMANDS, AdminCommandNames.SHOW_ERRORS}
+    people = [Person("ann", org, role) for role in roles for org in ("site_1", "coordinator")]
+    asked = [(right, user, submitter) for right in rights for user in people for submitter in people]
+
+    def allowed(policy: dict) -> list:
+        site = FLAuthorizer("site_1", policy)
+        return [
+            (right, str(user), str(submitter))
+            for right, user, submitter in asked
+            if site.authorize(AuthzContext(right, user, submitter))[0]
+        ]
+
+    by_default = allowed(default)
+    assert ("cat", "ann:coordinator:project_admin") in {entry[:2] for entry in by_default}  # else no need of the file
+    assert allowed(json.loads(text)) == [entry for entry in by_default if entry[0] not in forbidden]
 
 
 def test_the_compose_file_follows_its_schema(bake):
