@@ -18,7 +18,7 @@ import argparse
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +60,14 @@ class Part:
     images: np.ndarray
     labels: np.ndarray
     indices: np.ndarray
+    copies: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen images and their labels, copied to a device once; they leave it with this object."""
+        if device not in self.copies:
+            images, labels = self.images[self.indices], self.labels[self.indices]
+            self.copies[device] = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+        return self.copies[device]
 
 
 class Batches:
@@ -103,7 +111,7 @@ class Batches:
         if self.device is None:
             chosen = self.part.indices[places]
             return torch.from_numpy(self.part.images[chosen]), torch.from_numpy(self.part.labels[chosen])
-        images, labels = _on_device(self.part, self.device)
+        images, labels = self.part.on(self.device)
         chosen = torch.from_numpy(places).to(self.device)
         return images[chosen], labels[chosen]
 
@@ -170,13 +178,6 @@ class SiteDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> Batches:
         return Batches(self.parts["test"], EVALUATION_BATCH, device=self.device)
-
-
-@cache
-def _on_device(part: Part, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A part's images, uint8 (N, 3, S, S), and labels, int64 (N,), on a device: copied once."""
-    images, labels = part.images[part.indices], part.labels[part.indices]
-    return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 
 
 def prepare(options: argparse.Namespace) -> None:

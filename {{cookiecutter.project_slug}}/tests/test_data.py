@@ -3,9 +3,11 @@
 Most tests read images that carry their own number, so that what a loader yields tells which images they are.
 """
 
+import gc
 import importlib.util
 import math
 import sys
+import weakref
 from itertools import combinations
 from pathlib import Path
 
@@ -349,3 +351,16 @@ def test_a_gpu_is_used_only_where_it_is_asked_for_and_present(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert opened("site-1", run(gpu=True)).device == torch.device("cuda")
     assert opened("site-1", run(gpu=False)).device is None
+
+
+def test_what_is_on_a_device_leaves_it_with_the_data_of_its_task(options):
+    """Each task makes its data anew: a copy that stayed behind would fill a GPU."""
+    copies = []
+    for _ in range(2):
+        module = data.SiteDataModule("site-1", [str(i) for i in range(10)], options())
+        module.setup("fit")
+        next(iter(data.Batches(module.parts["train"], 4, device=torch.device("cpu"))))
+        copies.append(weakref.ref(module.parts["train"].on(torch.device("cpu"))[0]))
+        del module
+    gc.collect()
+    assert [copy() for copy in copies] == [None, None]
