@@ -47,7 +47,7 @@ def show(result: dict[str, Any]) -> None:
     rounds = result["rounds"]
     for entry in rounds if len(rounds) <= MAX_ROWS else [rounds[0], *rounds[1 - MAX_ROWS :]]:
         row = (entry["sites"].get(site) for site in sites[:MAX_COLUMNS])
-        table.add_row(_after(entry["round"]), as_text(entry["accuracy"]), *map(as_text, row))
+        table.add_row(schema.after_rounds(entry["round"]), as_text(entry["accuracy"]), *map(as_text, row))
     table.add_section()
     test, best = result["test"], result["best"]
     tests = {"final test": test, **({f"best test (round {best['round']})": best["test"]} if best else {})}
@@ -59,26 +59,10 @@ def show(result: dict[str, Any]) -> None:
     worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
     figures = f"accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}"
     print(f"\nFinal test {figures}; {result['wall_s']:.0f} s in all")
-    for warning in warnings(result):
+    for warning in schema.caveats(result):
         print(f"WARNING: {warning}")
     if result["stopped_early"]:
         print(f"stopped early: no better validation accuracy with --patience {result['patience']}")
-
-
-def warnings(result: dict[str, Any]) -> list[str]:
-    """What a reader of a run's figures has to know about the sites that they do not cover: a line each."""
-    found = []
-    if result["lost"]:
-        found.append(f"without a part in the final evaluation: {', '.join(result['lost'])}; no mean above covers them")
-    for record in result["rejected"][:MAX_ROWS]:
-        when = "an evaluation" if record["round"] is None else f"round {record['round'] + 1}"
-        found.append(f"the server rejected the answer of {record['site']} in {when}: {record['reason']}")
-    if len(result["rejected"]) > MAX_ROWS:
-        found.append(f"and {len(result['rejected']) - MAX_ROWS} more rejected answers: results.json has all")
-    for entry in result["rounds"]:
-        if missing := [site for site in entry["missing"] if site not in result["lost"]]:
-            found.append(f"the means {_after(entry['round'])} do not cover {', '.join(missing)}")
-    return found
 
 
 def new_table() -> Table:
@@ -101,10 +85,6 @@ def _print(title: str, table: Table, n_rows: int, n_columns: int, file: str) -> 
     print_table(table)
     if n_rows > MAX_ROWS or n_columns > MAX_COLUMNS:
         print(f"(not all fits here: {file} has the rest)")
-
-
-def _after(rounds: int) -> str:
-    return f"after round {rounds}" if rounds else "untrained"
 
 
 def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:

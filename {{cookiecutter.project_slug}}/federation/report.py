@@ -30,6 +30,7 @@ def write(run: Path, project: str) -> Path:
     partition = schema.read_json(run / "partition.json")
     body = [
         _facts(result),
+        *map(page.note, schema.caveats(result)),
         page.section("learning", "What the model learned", _learning(result)),
         page.section("holdings", "Who holds what", _holdings(partition)),
         page.section("confusion", "What the final model takes for what", _confusion(run, result, partition["classes"])),
@@ -223,7 +224,7 @@ def _foreign(run: Path, result: dict[str, Any], records: list[dict[str, Any]]) -
 
 
 def _configuration(run: Path, result: dict[str, Any]) -> list[str]:
-    hidden = {"rounds", "test", "timing", "versions", "data_root"}
+    hidden = {"rounds", "test", "timing", "versions", "data_root", "rejected"}
     rows = [[name, str(value)] for name, value in result.items() if name not in hidden and not isinstance(value, dict)]
     rows[0][0] = "version of results.json"
     rows += [[f"version of {name}", value] for name, value in result["versions"].items()]

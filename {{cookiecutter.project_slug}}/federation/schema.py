@@ -47,6 +47,7 @@ from typing import Any
 from federation.command_line import OWN_FLAGS, STAGE
 
 VERSION = 1
+MAX_CAVEATS = 20  # about rejected answers
 CONFIGURATION = (
     *("partition", "alpha", "shards_per_site", "n_clients", "num_rounds"),
     *("image_size", "batch_size", "local_epochs", "learning_rate", "seed"),
@@ -135,6 +136,27 @@ def read(run: Path) -> dict[str, Any]:
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
     usual |= {"rejected": [], "images": {}, "stages": []}
     return {**usual, **missing, **result}
+
+
+def caveats(result: dict[str, Any]) -> list[str]:
+    """What a reader of a run's figures has to know about the sites that they do not cover: a line each."""
+    found = []
+    if result["lost"]:
+        found.append(f"no final evaluation from {', '.join(result['lost'])}: the means do not cover them")
+    for record in result["rejected"][:MAX_CAVEATS]:
+        when = "an evaluation" if record["round"] is None else f"round {record['round'] + 1}"
+        found.append(f"the server rejected the answer of {record['site']} in {when}: {record['reason']}")
+    if len(result["rejected"]) > MAX_CAVEATS:
+        found.append(f"and {len(result['rejected']) - MAX_CAVEATS} more rejected answers: results.json has all")
+    for entry in result["rounds"]:
+        if missing := [site for site in entry["missing"] if site not in result["lost"]]:
+            found.append(f"the means {after_rounds(entry['round'])} do not cover {', '.join(missing)}")
+    return found
+
+
+def after_rounds(number: int) -> str:
+    """Which global model it is: the one after so many rounds."""
+    return f"after round {number}" if number else "untrained"
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,7 @@
 """job.py's command line: what it refuses, how fast it answers, what it says."""
 
+import errno
+import json
 import os
 import re
 import signal
@@ -8,7 +10,7 @@ import sys
 import pytest
 
 from conftest import names_in
-from federation import catalog, command_line, partition
+from federation import catalog, command_line, partition, runs
 from job import main
 
 BAD_FLAGS = {
@@ -31,7 +33,12 @@ BAD_FLAGS = {
     "words for a number": (["--n_clients", "two"], "argument --n_clients: invalid int value: 'two'"),
     "a path for a name": (["--name", "../x"], "--name is '../x': letters, digits"),
     "a name that is no file's": (["--name", "a" * 101], "--name has 101 letters: it must have 100 or fewer"),
-    "the name of the link": (["--name", "latest"], "runs/latest exists"),
+    "the name of the link": (["--name", "latest"], "--name latest is the link to the newest run: choose another"),
+    "a replaced run without a name": (["--overwrite"], "--overwrite replaces a run: say which with --name"),
+    "a plan that ends before the run": (
+        ["--num_rounds", "5", "--total_rounds", "4"],
+        "--total_rounds is 4: it must be 5 or more, as this run ends there",
+    ),
     "images dealt that each site has": (
         ["--data_root", "/nowhere/{site}", "--partition", "iid"],
         "--partition iid deals images out, but with {site} each site has its own",
@@ -63,7 +70,95 @@ def test_a_startup_kit_that_names_no_submitter_is_refused(project, tmp_path, tex
 def test_a_name_that_exists_is_refused(project):
     (project.folder / "runs" / "first").mkdir(parents=True)
     run = project.run("job.py", "--name", "first")
-    assert (run.returncode, run.stderr) == (2, "job.py: runs/first exists: choose another --name, or none\n")
+    assert (run.returncode, run.stderr) == (
+        2,
+        "job.py: runs/first exists: choose another --name, or add --overwrite to replace it\n",
+    )
+
+
+def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    (runs.new_run("first") / "old.txt").touch()
+    with pytest.raises(command_line.UsageError, match="--overwrite"):
+        runs.new_run("first")
+    assert list(runs.new_run("first", overwrite=True).iterdir()) == []
+
+
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    """federate() without a federation: what it would have given is there at once."""
+    brought = {
+        "rounds": [
+            {
+                "round": k,
+                "accuracy": 0.5,
+                "sites": {"site-1": 0.5},
+                "loss": 1.0,
+                "losses": {"site-1": 1.0},
+                "missing": [],
+            }
+            for k in (0, 1)
+        ],
+        "test": {"accuracy": 0.5, "loss": 1.0, "sites": {"site-1": {"accuracy": 0.5, "images": 3}}, "worst": "site-1"},
+        **{"best": None, "lost": [], "rejected": [], "stopped_early": False, "model": "final.pt", "counts": {}},
+    }
+    import job as program
+    from federation import outcome, simulator
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(program, "build_job", lambda *_: tmp_path)
+    monkeypatch.setattr(simulator, "simulate", lambda *_: None)
+    monkeypatch.setattr(outcome, "bring_home", lambda *_: dict(brought))
+    options = command_line.parse(["--dataset", "digits", "--n_clients", "1", "--num_rounds", "1"])
+    command_line.validate(options)
+    return program, options, program.get_data(options)
+
+
+def test_results_are_written_before_anything_is_shown(recorded, monkeypatch):
+    """Whatever a name or a figure does to the screen, the result is there, and the run is the newest."""
+    program, options, holdings = recorded
+
+    def fail(result):
+        raise RuntimeError("the screen is broken")
+
+    monkeypatch.setattr("results.show", fail)
+    folder = runs.new_run("first")
+    with pytest.raises(RuntimeError, match="the screen is broken"):
+        program.federate(options, holdings, folder)
+    assert json.loads((folder / "results.json").read_text())["test"]["accuracy"] == 0.5
+    assert (folder.parent / "latest").resolve() == folder.resolve()
+
+
+def test_a_full_disk_at_the_end_is_told_in_one_line(recorded, monkeypatch):
+    program, options, holdings = recorded
+
+    def full(source, target):
+        if str(target).endswith("results.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    folder = runs.new_run("first")
+    with pytest.raises(program.FederationError) as failure:
+        program.federate(options, holdings, folder)
+    assert str(failure.value) == f"cannot write the results into {folder}: No space left on device"
+    assert sorted(path.name for path in folder.iterdir()) == ["partition.json"]
+    assert not (folder.parent / "latest").exists()
+
+
+def test_a_run_that_could_not_begin_leaves_no_folder(recorded, monkeypatch):
+    program, options, holdings = recorded
+
+    def broken(*_):
+        raise TypeError("a program error")
+
+    monkeypatch.setattr(program, "build_job", broken)
+    folder = runs.new_run("first")
+    with pytest.raises(TypeError):
+        program.federate(options, holdings, folder)
+    assert not folder.exists()
 
 
 DATA_FAULTS = {

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import model as models
 from federation import command_line
 from model import LitNet, LitResNet, augment
+from trainer import training_seed
 
 
 @pytest.mark.parametrize("name", command_line.model_names())
@@ -126,3 +127,12 @@ def test_the_learning_rate_falls_along_a_half_cosine_over_all_rounds(loader):
 def test_the_small_model_needs_to_know_of_no_round():
     images = TensorDataset(torch.rand(4, 3, 16, 16), torch.arange(4) % 2)
     make_trainer().fit(LitNet(2), DataLoader(images, batch_size=2))
+
+
+def test_every_site_and_round_has_random_numbers_of_its_own():
+    seeds = {
+        training_seed(seed, site, round_) for seed in (0, 1) for site in ("site-1", "site-2") for round_ in range(9)
+    }
+    assert len(seeds) == 2 * 2 * 9
+    assert training_seed(0, "site-1", 3) == training_seed(0, "site-1", 3) == 2847800754
+    assert all(0 <= seed < 2**32 for seed in seeds)

@@ -199,3 +199,40 @@ def test_a_fingerprint_tells_models_apart_by_every_bit():
         {"c": model["a"], "b": model["b"]},
     ]
     assert len({fingerprint(model), *map(fingerprint, others)}) == 5
+
+
+class TestCaveats:
+    """What no reader of a mean may miss: which sites are not in it, and why."""
+
+    REJECTED = {"round": 1, "site": "site-2", "task": "train", "reason": "tensor fc1.weight is not finite"}
+
+    def test_name_lost_sites_and_rejected_answers(self, runs, program):
+        add_run(runs / "second", lost=["site-3"], rejected=[self.REJECTED, {**self.REJECTED, "round": None}])
+        _, out, _ = program("second")
+        assert "WARNING: no final evaluation from site-3: the means do not cover them\n" in out
+        told = "WARNING: the server rejected the answer of site-2 in {}: tensor fc1.weight is not finite\n"
+        assert told.format("round 2") in out and told.format("an evaluation") in out
+
+    def test_name_the_sites_that_a_rounds_means_lack(self, runs, program):
+        rounds = json.loads(OLDER.read_text(encoding="utf-8"))["rounds"]
+        rounds[1]["missing"] = ["site-2", "site-3"]
+        add_run(runs / "second", lost=["site-3"], rounds=rounds)
+        _, out, _ = program("second")
+        assert "WARNING: the means after round 1 do not cover site-2\n" in out
+
+    def test_are_few_even_where_the_faults_are_many(self, runs, program):
+        add_run(runs / "second", rejected=[self.REJECTED] * 1000)
+        _, out, _ = program("second")
+        assert out.count("WARNING") == 21
+        assert "WARNING: and 980 more rejected answers: results.json has all\n" in out
+
+    def test_are_on_the_page_too(self, runs, program):
+        add_run(runs / "second", rejected=[self.REJECTED])
+        (runs / "second" / "partition.json").write_text(json.dumps({"counts": {}, "classes": ["0"], "sites": {}}))
+        assert program("second", "--html")[0] == 0
+        assert "rejected the answer of site-2 in round 2" in (runs / "second" / "report.html").read_text(
+            encoding="utf-8"
+        )
+
+    def test_are_none_where_all_sites_are_covered(self, runs, program):
+        assert "WARNING" not in program("first")[1]
