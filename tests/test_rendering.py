@@ -28,15 +28,18 @@ FILES = """
     deploy/healthy.py
     deploy/project.yml
     federation/aggregator.py
+    federation/answers.py
     federation/catalog.py
     federation/check.py
     federation/command_line.py
     federation/confusion.py
     federation/display.py
     federation/evaluation.py
+    federation/exchange.py
     federation/fedopt.py
     federation/fetch.py
     federation/figures.py
+    federation/files.py
     federation/outcome.py
     federation/page.py
     federation/partition.py
@@ -73,6 +76,7 @@ FILES = """
     tests/tabular/model.py
     tests/test_aggregator.py
     tests/test_algorithms.py
+    tests/test_answers.py
     tests/test_catalog.py
     tests/test_compare.py
     tests/test_data.py
@@ -87,8 +91,10 @@ FILES = """
     tests/test_real_sites.py
     tests/test_report.py
     tests/test_results.py
+    tests/test_rounds.py
     tests/test_sites.py
     tests/test_tracking.py
+    tests/test_unsound_sites.py
     trainer.py
 """
 

@@ -5,7 +5,7 @@ project relies on:
 
 - `NAME(num_classes, learning_rate)` builds it, on the server too;
 - `validation_step` logs `val_acc` and `val_loss`, `test_step` logs `test_acc` and `test_loss`;
-- all that is learned is in its `state_dict()`: that is what travels.
+- all that is learned is in its `state_dict()`: that is what travels. Each round makes the model anew.
 
 What a model may use, or not care about: before each `fit` its attributes `round` (from 0) and `num_rounds` are set,
 for what changes over the whole run, and torch's random numbers are seeded, for dropout and augmentation.
