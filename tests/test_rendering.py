@@ -59,6 +59,7 @@ FILES = """
     federation/timing.py
     federation/tracking.py
     federation/watch.py
+    federation/watchdog.py
     federation/workers.py
     federation/workspace.py
     install.py
@@ -88,6 +89,7 @@ FILES = """
     tests/test_model.py
     tests/test_outcome.py
     tests/test_partition.py
+    tests/test_processes.py
     tests/test_real_sites.py
     tests/test_report.py
     tests/test_results.py

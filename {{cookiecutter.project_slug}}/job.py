@@ -30,6 +30,8 @@ class FederationError(Exception):
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # `kill` cleans up as Ctrl-C does; a background job as well
         signal.signal(number, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed; nohup ignores that
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         options = parse()
         validate(options)

@@ -20,11 +20,13 @@ from nvflare.tool.poc.poc_commands import get_prod_dir, prepare_poc_provision
 
 from federation.command_line import PROJECT
 from federation.server import COMPLETED, Server, log_to
-from federation.simulator import end_family, threads_per_client
+from federation.simulator import threads_per_client
 from federation.sites import address
+from federation.watchdog import POC_FOLDER, guard
 from federation.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
 
 PROVISION = PROJECT / "deploy" / "project.yml"
+POC_SERVER = "localhost"  # NVFlare's server listens where its name leads to: to this machine, and to nobody else
 POC_ADMIN = "admin@nvidia.com"  # the name that NVFlare's POC gives to whoever submits
 POC_WAIT_S = 60.0  # for its server to answer and its sites to connect
 
@@ -48,48 +50,50 @@ def rehearse(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
     sites = [f"site-{i}" for i in range(1, options.n_clients + 1)]
     address(job, sites)
     log = log_to(run)
-    server = None
-    try:
+    with guard(run) as started:
         with log.open("a", encoding="utf-8") as stream:
             with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-                kits = _provision_poc((run / "federation").resolve(), sites)
-            processes = {"server": _start(kits / "server", stream, options)}
+                kits = provision((run / POC_FOLDER).resolve(), sites)
+            processes = {"server": _start(kits / POC_SERVER, stream, options)}
+            started(processes["server"].pid)
             for number, site in enumerate(sites):
                 processes[site] = _start(kits / site, stream, options, number)
+                started(processes[site].pid)
 
         def stop_if_one_died() -> None:
             if died := [name for name, process in processes.items() if process.poll() is not None]:
                 raise RunFailed(f"{', '.join(died)} died: its process is gone")
 
-        server = Server(kits / POC_ADMIN, POC_ADMIN, POC_WAIT_S, stop_if_one_died)
-        server.await_sites(sites)
-        job_id = server.submit(job)
-        workspace = _lay_out(run, kits, sites, job_id)
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            status = server.watch(job_id, lambda: follow(lines.read(), read_rounds(workspace)))
-        if status != COMPLETED:
-            raise RunFailed(root_cause(workspace) or f"NVFlare ended the job with {status}")
-        server.bring_home(job_id, workspace / SERVER)
+        with contextlib.closing(Server(kits / POC_ADMIN, POC_ADMIN, POC_WAIT_S, stop_if_one_died)) as server:
+            server.await_sites(sites)
+            job_id = server.submit(job)
+            workspace = _lay_out(run, kits, sites, job_id)
+            with log.open(encoding="utf-8", errors="replace") as lines:
+                status = server.watch(job_id, lambda: follow(lines.read(), read_rounds(workspace)))
+            if status != COMPLETED:
+                raise RunFailed(root_cause(workspace) or f"NVFlare ended the job with {status}")
+            server.bring_home(job_id, workspace / SERVER)
         shutil.copy(workspace / SERVER / "log.txt", workspace / "server")  # where the simulator writes it
-    finally:
-        if server:
-            server.close()
-        end_family(run.resolve() / "federation")
 
 
-def _provision_poc(home: Path, sites: list[str]) -> Path:
-    """Make keys, certificates and start-up kits as deploy/project.yml says, but for this machine and these sites."""
+def provision(home: Path, sites: list[str]) -> Path:
+    """Make keys, certificates and start-up kits as deploy/project.yml says, but for this machine and these sites.
+
+    They are in the new folder `home`, for nobody but this user to read, whatever the umask. Returns the kits' folder.
+    """
     project = yaml.safe_load(PROVISION.read_text(encoding="utf-8"))
     client = next(participant for participant in project["participants"] if participant["type"] == "client")
     project["participants"] = [
-        {"name": "server", "type": "server", "org": client["org"], "fed_learn_port": _free_port()},
+        {"name": POC_SERVER, "type": "server", "org": client["org"], "fed_learn_port": _free_port()},
         *({**client, "name": site} for site in sites),
         {"name": POC_ADMIN, "type": "admin", "org": client["org"], "role": "project_admin"},
     ]
-    home.mkdir()
+    home.mkdir(mode=0o700)  # before there is a key in it
     project_file = home / "poc.yml"
     project_file.write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
     prepare_poc_provision([], len(sites), str(home), docker_image="", project_conf_path=str(project_file))
+    for path in home.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
     return Path(get_prod_dir(str(home), project["name"]))
 
 
@@ -118,7 +122,8 @@ def _start(
         stdin=subprocess.DEVNULL,
         stdout=stream,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is for job.py, which ends the whole family
+        start_new_session=True,  # Ctrl-C is for job.py, which ends the whole process tree
+        umask=0o077,
     )
 
 
@@ -126,7 +131,7 @@ def _lay_out(run: Path, kits: Path, sites: list[str], job_id: str) -> Path:
     """Link what server and sites write to where the simulator would write it."""
     workspace = run / "workspace"
     (workspace / SERVER).parent.mkdir(parents=True)
-    links = {workspace / SERVER: kits / "server" / job_id}
+    links = {workspace / SERVER: kits / POC_SERVER / job_id}
     links |= {workspace / site: kits / site / job_id for site in sites}
     for link, folder in links.items():
         link.symlink_to(os.path.relpath(folder, link.parent.resolve()))

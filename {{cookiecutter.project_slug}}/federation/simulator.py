@@ -16,6 +16,7 @@ from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
 from federation.command_line import PROJECT
 from federation.evaluation import REPORT
+from federation.watchdog import guard
 from federation.workers import forked_clients
 from federation.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
 
@@ -67,21 +68,19 @@ def simulate(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
         target=_run_simulator, args=(str(job), str(workspace), str(log), options.n_clients, at_once, gpus, forked)
     )
     log.touch()
-    try:
+    with guard(run) as started, log.open(encoding="utf-8", errors="replace") as lines:
         simulator.start()
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            while True:
-                running = simulator.is_alive()
-                follow(lines.read(), read_rounds(workspace))
-                if died := _dead_client(workspace):
-                    raise RunFailed(root_cause(workspace) or f"{died} died: its process is gone")
-                if _has_finished(workspace):
-                    return
-                if not running:
-                    break
-                simulator.join(POLL_S)
-    finally:
-        end_family()
+        started(simulator.pid)
+        while True:
+            running = simulator.is_alive()
+            follow(lines.read(), read_rounds(workspace))
+            if died := _dead_client(workspace):
+                raise RunFailed(root_cause(workspace) or f"{died} died: its process is gone")
+            if _has_finished(workspace):
+                return
+            if not running:
+                break
+            simulator.join(POLL_S)
     if simulator.exitcode != 0:
         raise RunFailed(root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
 
@@ -90,7 +89,8 @@ def _run_simulator(
     job: str, workspace: str, log: str, n_clients: int, at_once: int, gpus: str | None, forked: bool
 ) -> None:
     """The body of the simulator's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # job.py ends the whole family
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # job.py ends the whole process tree
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(log, "ab") as stream:
         os.dup2(stream.fileno(), 1)
@@ -114,26 +114,6 @@ def _run_simulator(
     )
     with forked_clients() if forked else contextlib.nullcontext():
         sys.exit(simulator.run())
-
-
-def end_family(home: Path | None = None) -> None:
-    """End every process that descends from this one, or was started with a path in the folder `home`.
-
-    An impatient second Ctrl-C must not interrupt that.
-    """
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    family = psutil.Process().children(recursive=True)
-    for process in psutil.process_iter(["cmdline"]) if home else ():  # its parent may have died before
-        if process not in family and any(word.startswith(f"{home}/") for word in process.info["cmdline"] or ()):
-            family.append(process)
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    for process in psutil.wait_procs(family, timeout=3)[1]:
-        process.kill()
-    psutil.wait_procs(family, timeout=3)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def _has_finished(workspace: Path) -> bool:

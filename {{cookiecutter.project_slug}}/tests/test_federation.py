@@ -2,16 +2,12 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
-from conftest import HIDE, OPTIONS, PROJECT, SHOW, Project, on_a_terminal
+from conftest import OPTIONS, PROJECT, Project
 
 LOG = (  # what NVFlare and client.py say in the course of a run
     "Start FedAvg.",
@@ -254,15 +250,6 @@ class _Options:
         self.__dict__.update(values)
 
 
-def start_training(project: Project) -> subprocess.Popen:
-    """Start a long federation, and come back once a site trains."""
-    process = project.start("job.py", "--dataset", "digits", "--num_rounds", "50", "--verbose")
-    for line in process.stdout:
-        if "--- train new model ---" in line:
-            return process
-    raise AssertionError(process.stderr.read())
-
-
 @pytest.mark.slow
 def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
     project.replace("model.py", "loss = criterion(outputs, labels)", 'raise RuntimeError("boom at the site")')
@@ -272,40 +259,6 @@ def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
     assert re.fullmatch(r"job.py: site-[12] failed: RuntimeError: boom at the site \(model.py, line \d+\)", lines[0])
     assert re.match(r"  model.py, line \d+, in training_step: raise RuntimeError", lines[-2])
     assert lines[-1].startswith("The whole log: runs/")
-    assert project.processes() == []
-
-
-@pytest.mark.slow
-def test_a_client_that_is_killed_ends_the_job(project):
-    process = start_training(project)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if child.cwd().endswith("/site-2"):
-            child.kill()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "site-2 died" in err
-    assert project.processes() == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_every_process(project, number):
-    process = start_training(project)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert err.endswith("job.py: stopped; no process is left\n")
-    assert project.processes() == []
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_the_terminal_as_it_was(project):
-    command = [sys.executable, "job.py", "--dataset", "digits", "--num_rounds", "50"]
-    code, sent = on_a_terminal(command, project.folder, interrupt_at=b"training")
-    assert code == 130
-    assert sent.count(HIDE) == sent.count(SHOW) == 1
-    last_words = sent[sent.index(SHOW) :].decode().splitlines()
-    assert last_words[-1] == "job.py: stopped; no process is left"
     assert project.processes() == []
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -100,18 +99,3 @@ def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_al
     results = [json.loads((project.folder / "runs" / name / "results.json").read_text()) for name in ("poc", "sim")]
     assert results[0]["rounds"] == results[1]["rounds"]
     assert results[0]["test"] == results[1]["test"]
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_poc_and_all_its_processes(project):
-    process = project.start(
-        "job.py", "--dataset", "digits", "--env", "poc", "--n_clients", "2", "--num_rounds", "50", "--name", "stopped"
-    )
-    for line in process.stdout:
-        if line.startswith("round 1 "):
-            break
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped; no process is left" in error
-    assert project.processes() == []
