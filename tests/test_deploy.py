@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from test_readme import as_typed_in, commands, environment_in
+
 
 @pytest.mark.parametrize("num_clients", ["1", "3", "1000"])
 def test_the_sites_of_a_federation_are_as_many_as_were_asked_for(bake, num_clients):
@@ -79,3 +81,22 @@ def test_the_image_is_pinned_checked_and_not_root(bake):
     assert any(re.fullmatch(r"ARG PYTHON_IMAGE=python:3\.12-slim@sha256:[0-9a-f]{64}", line) for line in lines)
     assert [line for line in lines if line.startswith("USER ")] == ["USER 10001:10001"]
     assert any(line.startswith("HEALTHCHECK ") for line in lines)
+
+
+def test_the_guides_commands_keep_keys_private_under_a_usual_umask(bake):
+    """Provision, add a site, and unpack a kit that has lost its permissions on its way."""
+    project = bake(project_slug="eyes_2").path
+    environment_in(project)
+    guide = commands(project / "deploy" / "README.md")
+    provision, add_a_site = [command for command in guide if "nvflare provision" in command]
+    for command, kits in ((provision, "prod_00"), (add_a_site, "prod_01")):
+        as_typed_in(project, f"umask 022; {command}")
+        written = project / "provisioned" / "eyes_2"
+        keys = [path for path in written.rglob("*") if path.suffix == ".key" or path.name == "cert.json"]
+        assert written / "state" / "cert.json" in keys and written / kits / "site-1" / "startup" / "client.key" in keys
+        assert [path for path in [*keys, *(path.parent for path in keys)] if path.stat().st_mode & 0o077] == []
+    kit = written / "prod_00" / "site-1"
+    as_typed_in(project, f"chmod -R a+rX {kit}")
+    (unpacked,) = [command for command in guide if command.startswith("chmod ")]
+    as_typed_in(project, unpacked.replace("KIT", str(kit)))
+    assert [path for path in [kit, *kit.rglob("*")] if path.stat().st_mode & 0o077] == []

@@ -102,6 +102,16 @@ def test_a_signal_leaves_no_process_and_no_key(project, env, number):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only root sees the sockets of all processes")
+def test_a_poc_listens_to_this_machine_alone(project):
+    process, family = start_training(project, "--env", "poc")
+    sockets = [socket for socket in psutil.net_connections("tcp") if socket.pid in [child.pid for child in family]]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
 def test_nohup_lets_a_run_outlive_its_terminal(project):
     nohup = "import os, sys; os.execvp('nohup', ['nohup', sys.executable, *sys.argv[1:]])"
     process = project.start("-c", nohup, "job.py", "--dataset", "digits", "--verbose")
