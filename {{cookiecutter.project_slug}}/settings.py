@@ -23,5 +23,6 @@ LOCAL_EPOCHS = 1  # passes over a site's training images in a round
 BATCH_SIZE = 16
 LEARNING_RATE = 0.01
 SEED = 0
+SITE_TIMEOUT = 86_400.0  # seconds that a site may take for a round before the job goes on without it; not simulated
 TRACKING = "none"  # experiment tracker: none, tensorboard, mlflow or wandb
 USE_GPU = {{ cookiecutter.use_gpu }}

@@ -103,6 +103,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--sites", help="prod: names of the sites, with commas between [those in deploy/project.yml]")
     add("--classes", metavar="FILE", help="prod: names of the classes, one a line [those of a public data set]")
     add("--wait", type=float, default=60.0, help="prod: seconds to wait for server and sites [%(default)s]")
+    add(
+        "--site_timeout",
+        type=float,
+        help=f"poc, prod: seconds a site may take for a round before it is given up [{settings.SITE_TIMEOUT:.0f}]",
+    )
     add("--export", metavar="DIR", help="prod: write the job to DIR, for someone else to submit, and stop")
     add("--name", help="the run's folder is runs/NAME [date and time]")
     add("--overwrite", action="store_true", help="replace runs/NAME, if there is one")
@@ -230,13 +235,17 @@ def validate(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--total_rounds is {options.total_rounds}: it must be {n_rounds} or more, as this run ends there"
         )
+    if options.env == "sim" and options.site_timeout is not None:
+        raise UsageError("--site_timeout is for sites that are processes of their own: add --env poc or --env prod")
+    if options.site_timeout is None:
+        options.site_timeout = settings.SITE_TIMEOUT
     if options.patience is not None and options.patience < 1:
         raise UsageError(f"--patience is {options.patience}: it must be 1 or more")
     if options.server_momentum is not None and not 0 <= options.server_momentum < 1:
         raise UsageError(f"--server_momentum is {options.server_momentum}: it must be from 0 to below 1")
     if options.resume is not None and options.check:
         raise UsageError("--check is a run of its own: leave out --resume")
-    for name in ("alpha", "learning_rate", "fedprox_mu", "server_learning_rate"):
+    for name in ("alpha", "learning_rate", "fedprox_mu", "server_learning_rate", "site_timeout"):
         if getattr(options, name) is None:
             continue
         if not 0 < getattr(options, name) < float("inf"):

@@ -21,7 +21,7 @@ from nvflare.tool.poc.poc_commands import get_prod_dir, prepare_poc_provision
 from federation.command_line import PROJECT
 from federation.server import COMPLETED, Server, log_to
 from federation.simulator import threads_per_client
-from federation.sites import address
+from federation.sites import SiteNews, address
 from federation.watchdog import POC_FOLDER, guard
 from federation.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
 
@@ -69,7 +69,14 @@ def rehearse(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
             job_id = server.submit(job)
             workspace = _lay_out(run, kits, sites, job_id)
             with log.open(encoding="utf-8", errors="replace") as lines:
-                status = server.watch(job_id, lambda: follow(lines.read(), read_rounds(workspace)))
+                tell_of_sites = SiteNews()
+
+                def look() -> None:
+                    new = lines.read()
+                    tell_of_sites(new)
+                    follow(new, read_rounds(workspace))
+
+                status = server.watch(job_id, look)
             if status != COMPLETED:
                 raise RunFailed(root_cause(workspace) or f"NVFlare ended the job with {status}")
             server.bring_home(job_id, workspace / SERVER)

@@ -82,7 +82,7 @@ def build(options: argparse.Namespace, holdings: Holdings, run: Path) -> Recipe:
     recipe._job.to_server(Receipt(), id="receipt")
     if options.env != "sim":  # there, clients that take turns have no process in between; simulator.py sees to it
         recipe.add_server_config(PATIENCE)
-        recipe._job.to_server(Watch(), id="watch")
+        recipe._job.to_server(Watch(options.site_timeout), id="watch")
     return recipe
 
 

@@ -14,7 +14,20 @@ from typing import Any
 
 from federation.evaluation import REPORT
 from federation.server import COMPLETED, Server, log_to
+from federation.watch import BACK, LATE
 from federation.workspace import SERVER, Follow, RunFailed
+
+WITHOUT = "the job goes on without it, while more than half of the sites are left"
+NEWS = re.compile(
+    "|".join(
+        [
+            LATE.replace("{}", r"(?P<late>\S+)", 1).replace("{:.0f}", r"\d+"),
+            BACK.replace("{}", r"(?P<answered>\S+)"),
+            r"Client (?P<lost>\S+) is deemed disconnected",
+            r"Client (?P<back>\S+) is reconnected",
+        ]
+    )
+)
 
 
 def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) -> None:
@@ -37,24 +50,24 @@ def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) ->
         server.await_sites(options.sites)
         job_id = running = server.submit(job)
         print(f"the server has the job, {running}; Ctrl-C stops it", flush=True)
-        seen, told = 0, False
+        seen, told, tell_of_sites = 0, False, SiteNews()
+        rounds: list[dict[str, Any]] = []  # as NVFlare records them, but without metrics; the last one is running
 
         def look() -> None:
             nonlocal seen, told
-            text = server.log(job_id)
-            if text is None:
+            new = server.log(job_id, seen)
+            if new is None:
                 if not told:
                     print(f"{options.username} may not see the server's log: the rounds show at the end", flush=True)
                     told = True
                 return
+            seen += len(new.encode())
             with log.open("a", encoding="utf-8") as stream:
-                stream.write(text[seen:])
-            for site in re.findall(r"Client (\S+) is deemed disconnected", text[seen:]):
-                print(f"{site} is lost: it does not answer; the job goes on while more than half are left", flush=True)
-            for site in re.findall(r"Client (\S+) is reconnected", text[seen:]):
-                print(f"{site} is back", flush=True)
-            follow(text[seen:], _rounds_in(text))
-            seen = len(text)
+                stream.write(new)
+            tell_of_sites(new)
+            started = re.findall(r"Round (\d+) started", new)
+            rounds.extend({"round": int(number), "aggregated_metrics": []} for number in started)
+            follow(new, rounds[:-1])
 
         status = server.watch(job_id, look)
         running = None
@@ -81,6 +94,25 @@ def address(job: Path, sites: list[str]) -> None:
     (job / "meta.json").write_text(json.dumps(meta, indent=4), encoding="utf-8")
 
 
+class SiteNews:
+    """Prints which sites the server gives up or has back, by its log: called with what the log has got since."""
+
+    def __init__(self) -> None:
+        self.late: set[str] = set()  # NVFlare calls them disconnected and reconnected all the time
+
+    def __call__(self, log: str) -> None:
+        for found in NEWS.finditer(log):
+            kind, site = found.lastgroup, found[found.lastgroup or 0]
+            if kind == "late":
+                self.late.add(site)
+                print(f"{found[0]}; {WITHOUT}", flush=True)
+            elif kind == "lost" and site not in self.late:
+                print(f"{site} is lost: it does not answer; {WITHOUT}", flush=True)
+            elif kind == "answered" or (kind == "back" and site not in self.late):
+                self.late.discard(site)
+                print(f"{site} is back", flush=True)
+
+
 def _failed_sites(log: Path) -> str:
     """What a server's log tells of sites that failed. The reasons are in their own logs, and do not leave them."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
@@ -90,8 +122,3 @@ def _failed_sites(log: Path) -> str:
         [f"{site} failed: its own log says why" for site in sorted(failed)]
         + [f"{site} was lost" for site in sorted(lost - failed)]
     )
-
-
-def _rounds_in(log: str) -> list[dict[str, Any]]:
-    """What a server's log tells of its rounds: the same records as NVFlare's, but without metrics."""
-    return [{"round": int(number), "aggregated_metrics": []} for number in re.findall(r"Round (\d+) started", log)[:-1]]

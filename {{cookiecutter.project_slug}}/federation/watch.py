@@ -1,8 +1,9 @@
-"""Watch over the sites of a job: which of them still have a process for it. The server asks them every few seconds.
+"""Heartbeat monitor on the server: which sites still have a process for the job, and which take too long for a task.
 
-NVFlare's server notices a site that is gone, but not one that was killed and started again: it registers anew, knows
-nothing of the job, and the round would wait for its result for ever. A site that answers in time, however late, is
-not lost: its network may have been cut for a while.
+NVFlare's server notices a site that is gone, but not one that was killed and started again: it registers again, knows
+nothing of the job, and the round would wait for its result forever. A site that answers a heartbeat in time, however
+late, is not lost: its network may have been cut for a while. A site whose training hangs answers heartbeats forever, so
+that there is a limit to that as well.
 """
 
 import threading
@@ -14,11 +15,13 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, ReservedTopic
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
+from nvflare.app_common.app_constant import AppConstants
 
 ASK_EVERY_S = 5.0
 ANSWER_S = 5.0
 SILENCE_S = 60.0  # after so long without an answer a site is lost to the job
 START_S = 60.0  # more at the beginning: a site imports PyTorch first
+LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has answered after all"  # job.py tells the user
 PATIENCE = {  # seconds: NVFlare's own, which begins after that and anew in each round; little is needed any more
     "dead_client_grace_period": 1.0,
     "dead_client_check_lead_time": 5.0,
@@ -26,10 +29,20 @@ PATIENCE = {  # seconds: NVFlare's own, which begins after that and anew in each
 
 
 class Watch(FLComponent):
-    """Reports a silent site to the workflow, which then goes on without it, while `min_clients` are left."""
+    """Reports a silent or late site to the workflow, which then continues without it, while `min_clients` are left.
 
-    def __init__(self) -> None:
+    A late site is one again that takes part once it has answered.
+
+    Args:
+        site_timeout: seconds that a site may take for a task, its training in one round.
+    """
+
+    def __init__(self, site_timeout: float) -> None:
         super().__init__()
+        self.site_timeout = site_timeout
+        self.heard: dict[str, float] = {}  # when each site answered last
+        self.tasks: dict[str, tuple[str, float]] = {}  # what each site works on: ID of the task, when it got it
+        self.late: set[str] = set()
         self.over = threading.Event()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -37,25 +50,49 @@ class Watch(FLComponent):
             threading.Thread(target=self._watch, args=(fl_ctx.get_engine(),), daemon=True).start()
         elif event_type in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
             self.over.set()
+        elif event_type == EventType.AFTER_TASK_DATA_FILTER:  # a task is on its way to a site, maybe not the first time
+            site, task = fl_ctx.get_peer_context().get_identity_name(), fl_ctx.get_prop(FLContextKey.TASK_ID)
+            if site not in self.late and self.tasks.get(site, ("", 0.0))[0] != task:
+                self.tasks[site] = (task, time.monotonic())
+        elif event_type == EventType.BEFORE_TASK_RESULT_FILTER:  # an answer has come
+            site, answer = fl_ctx.get_peer_context().get_identity_name(), fl_ctx.get_prop(FLContextKey.TASK_RESULT)
+            if answer.get_return_code() == ReturnCode.OK:  # not that of a task that NVFlare has canceled there
+                self.tasks.pop(site, None)
+                if site in self.late:
+                    self.late.discard(site)
+                    self.log_info(fl_ctx, BACK.format(site))
+                    if answer.get_header(AppConstants.CURRENT_ROUND) != fl_ctx.get_prop(AppConstants.CURRENT_ROUND):
+                        answer.set_return_code(ReturnCode.TASK_UNKNOWN)  # else FedOpt adds it up in the wrong round
 
     def _watch(self, engine: Any) -> None:
-        started = time.monotonic()
-        heard = {client.name: started + START_S for client in engine.get_clients()}
+        self.heard = dict.fromkeys((client.name for client in engine.get_clients()), time.monotonic() + START_S)
         while not self.over.wait(ASK_EVERY_S):
             with engine.new_context() as fl_ctx:
-                answers = engine.send_aux_request(
-                    targets=list(heard),
-                    topic=ReservedTopic.JOB_HEART_BEAT,  # NVFlare's client answers it, while it trains as well
-                    request=Shareable(),
-                    timeout=ANSWER_S,
-                    fl_ctx=fl_ctx,
-                    optional=True,
-                )
-                now = time.monotonic()
-                for site, answer in (answers or {}).items():
-                    if answer.get_return_code() == ReturnCode.OK:
-                        heard[site] = now
-                for site, when in heard.items():
-                    if now - when > SILENCE_S:
-                        self.log_warning(fl_ctx, f"no answer from {site} for {now - when:.0f} s")
-                        fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)
+                try:
+                    self.check(fl_ctx)
+                except Exception:  # whatever it is, the next attempt may succeed, and a job must not lose its monitor
+                    self.log_exception(fl_ctx, "cannot check the sites; trying again")
+
+    def check(self, fl_ctx: FLContext) -> None:
+        """Ask all sites whether they still work on the job, and report those that are silent or late."""
+        answers = fl_ctx.get_engine().send_aux_request(
+            targets=list(self.heard),
+            topic=ReservedTopic.JOB_HEART_BEAT,  # NVFlare's client answers it, while it trains as well
+            request=Shareable(),
+            timeout=ANSWER_S,
+            fl_ctx=fl_ctx,
+            optional=True,
+        )
+        now = time.monotonic()
+        for site, answer in (answers or {}).items():
+            if answer.get_return_code() == ReturnCode.OK:
+                self.heard[site] = now
+        for site, (_, since) in list(self.tasks.items()):
+            if site not in self.late and now - since > self.site_timeout:
+                self.late.add(site)
+                self.log_warning(fl_ctx, LATE.format(site, self.site_timeout))
+        silent = {site for site, when in self.heard.items() if now - when > SILENCE_S}
+        for site in sorted(silent):
+            self.log_warning(fl_ctx, f"no answer from {site} for {now - self.heard[site]:.0f} s")
+        for site in sorted(silent | self.late):
+            fl_ctx.get_prop(FLContextKey.RUNNER).handle_dead_job(site, fl_ctx)

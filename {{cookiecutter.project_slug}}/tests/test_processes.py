@@ -80,7 +80,10 @@ def start_training(project: Project, *flags: str) -> tuple[subprocess.Popen, lis
 
 
 def assert_nothing_is_left(project: Project, family: list[psutil.Process]) -> None:
-    assert psutil.wait_procs(family, timeout=60)[1] == []
+    left = psutil.wait_procs(family, timeout=60)[1]
+    for process in left:
+        process.kill()
+    assert left == []
     assert project.processes() == []
     assert keys_in(project.folder / "runs") == []
 

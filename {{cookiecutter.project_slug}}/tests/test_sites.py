@@ -1,14 +1,33 @@
 """POC and real sites, as far as one machine shows them: refused flags, an export, the health check, a whole POC."""
 
+import argparse
+import contextlib
 import json
 import re
+import shlex
+import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import make_reply
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.fuel.flare_api.flare_api import Session
+from nvflare.fuel.hci.shell_cmd_val import TailValidator
+from nvflare.private.fed.server.job_cmds import JobCommandModule
+from nvflare.private.fed.utils.fed_utils import execute_command_directly
+
+from federation import server, watch
+from federation.sites import submit
+from federation.watch import BACK, LATE
 
 PROD = ["--env", "prod", "--dataset", "digits"]
 BAD_FLAGS = {
@@ -22,6 +41,8 @@ BAD_FLAGS = {
     "classes that are not there": ([*PROD, "--classes", "/nowhere"], "there is no file /nowhere"),
     "an export over something": ([*PROD, "--export", "."], "exists: choose another folder"),
     "a site twice": ([*PROD, "--sites", "a,b,a"], "--sites names a twice"),
+    "a time limit in the simulator": (["--site_timeout", "9"], "--site_timeout is for sites that are processes of"),
+    "no time for a round": ([*PROD, "--site_timeout", "0"], "--site_timeout is 0.0: it must be a number above 0"),
     "spaces among sites": ([*PROD, "--sites", "a, b"], "--sites has a name ' b'"),
 }
 
@@ -50,6 +71,206 @@ def test_an_export_is_the_whole_job_without_an_image(project, tmp_path):
     custom = tmp_path / "job" / "app" / "custom"
     assert (custom / "classes.txt").read_text() == "cat\ndog\n"
     assert "--partition none" in (tmp_path / "job" / "app" / "config" / "config_fed_client.json").read_text()
+
+
+class FakeSession:
+    """Stands in for NVFlare's session: the server's log grows with each look at the job, and is sent as NVFlare does.
+
+    That is with NVFlare's own check of the command and with the real `tail`.
+    """
+
+    LIMIT = JobCommandModule.MAX_RETURNED_JOB_LOG_BYTES
+
+    def __init__(self, folder: Path, growth: list[bytes]):
+        self.growth, self.left, self.sent = growth, list(growth), 0
+        self.folder, self.log = folder, folder / "job-id" / "log.txt"
+
+    def get_connected_client_list(self):
+        return [SimpleNamespace(name=name) for name in ("north", "south")]
+
+    def get_system_info(self):
+        return SimpleNamespace(server_info=SimpleNamespace(start_time=0))
+
+    def submit_job(self, job):
+        return "job-id"
+
+    def get_job_meta(self, job_id):
+        if not self.left:
+            return {"status": "FINISHED:COMPLETED"}
+        if self.left != self.growth or self.log.parent.exists():  # at the first look the job has no folder yet
+            with self.log.open("ab") as log:
+                log.write(self.left.pop(0))
+        self.log.parent.mkdir(exist_ok=True)
+        return {"status": "RUNNING"}
+
+    def get_job_logs(self, job_id, target):
+        text = self.log.read_bytes()[-self.LIMIT :].decode(errors="replace") if self.log.exists() else ""
+        self.sent += len(text.encode())
+        return {"logs": {"server": text}}
+
+    def _do_command(self, command, enforce_meta):
+        name, target, *arguments = shlex.split(command)
+        assert (name, target) == ("tail", "server") and TailValidator().validate(arguments)[0] == ""
+        output = execute_command_directly([name, *arguments])
+        self.sent += len(output.encode())
+        return {"data": [{"type": "string", "data": output}]}
+
+    _get_string_data = staticmethod(Session._get_string_data)
+
+    def download_job_result(self, job_id):
+        (self.folder / "result" / "workspace").mkdir(parents=True)
+        shutil.copy(self.log, self.folder / "result" / "workspace")
+        return self.folder / "result"
+
+    def close(self):
+        pass
+
+
+def follow_a_job(monkeypatch, folder: Path, growth: list[bytes]) -> tuple[FakeSession, str, list[int]]:
+    """Submit a job while the server's log grows like that: what was shown of it, and the rounds known to be over."""
+    session = FakeSession(folder, growth)
+    monkeypatch.chdir(folder)  # as NVFlare's server runs in its own
+    monkeypatch.setattr(server, "new_secure_session", lambda *_, **__: session)
+    monkeypatch.setattr(server, "POLL_S", 0.0)
+    (folder / "job").mkdir()
+    (folder / "job" / "meta.json").write_text('{"deploy_map": {"app": []}}')
+    options = argparse.Namespace(startup_kit=".", username="admin", wait=1.0, sites=["north", "south"])
+    shown, over = [], []
+
+    def follow(log, rounds):
+        shown.append(log)
+        over[:] = [record["round"] for record in rounds]
+
+    submit(folder / "job", folder, options, follow)
+    return session, "".join(shown), over
+
+
+def test_a_servers_log_is_followed_however_long_it_grows_and_sent_only_once(monkeypatch, tmp_path, capsys):
+    filler = b"2026-01-01 some line of the log, for example of Zo\xc3\xab\n" * 20_000  # 1 MB
+    growth = [b"Round 0 started.\n", filler, b"Client south is deemed", b" disconnected!\n"]
+    for number in range(1, 9):
+        growth += [b"Round %d started.\n" % number, filler]
+    session, shown, over = follow_a_job(monkeypatch, tmp_path, growth)
+    log = b"".join(growth)
+    assert len(log) > session.LIMIT
+    assert shown.encode() == log == (tmp_path / "log.txt").read_bytes()
+    assert over == list(range(8))
+    assert session.sent < len(log) + 10_000
+    assert capsys.readouterr().out.count("south is lost") == 1
+
+
+def test_a_site_that_was_given_up_is_named_once_with_the_flag_that_decides(monkeypatch, tmp_path, capsys):
+    given_up = f"WARNING - {LATE.format('south', 30)}\n".encode()
+    flapping = b"Client south is deemed disconnected!\nClient south is reconnected\n" * 3
+    follow_a_job(monkeypatch, tmp_path, [given_up, flapping, f"INFO - {BACK.format('south')}\n".encode()])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "south" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("south has not answered within --site_timeout 30 s; the job goes on without it")
+    assert lines[1] == "south is back"
+
+
+class Monitored:
+    """A heartbeat monitor with sites that answer its questions, a clock that is set, and the workflow that it tells."""
+
+    def __init__(self, monkeypatch, sites: list[str], site_timeout: float):
+        self.now, self.dead, self.sites = 0.0, [], sites
+        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
+        self.monitor = watch.Watch(site_timeout)
+        self.monitor.heard = dict.fromkeys(sites, 0.0)
+
+    def send_aux_request(self, targets, **_):
+        return {site: make_reply(ReturnCode.OK) for site in self.sites}
+
+    def fire_event(self, event_type, fl_ctx):
+        pass  # the monitor's lines of the log are events, too
+
+    def handle_dead_job(self, site, fl_ctx):
+        self.dead.append(site)
+
+    def context(self, site: str = "", **properties) -> FLContext:
+        context, peer = FLContext(), FLContext()
+        peer.set_prop(ReservedKey.IDENTITY_NAME, site, private=False)
+        context.set_peer_context(peer)
+        for name, value in {ReservedKey.ENGINE: self, FLContextKey.RUNNER: self, **properties}.items():
+            context.set_prop(name, value, private=True, sticky=False)
+        return context
+
+    def check_at(self, now: float) -> list[str]:
+        """Who is reported to the workflow at this time."""
+        self.now, self.dead = now, []
+        self.monitor.check(self.context())
+        return self.dead
+
+    def send_task(self, site: str, task: str) -> None:
+        self.monitor.handle_event(EventType.AFTER_TASK_DATA_FILTER, self.context(site, **{FLContextKey.TASK_ID: task}))
+
+    def answer(self, site: str, code: str = ReturnCode.OK, of_round: int = 0, in_round: int = 0) -> str:
+        """Let a site answer, and return the code with which the answer goes on to the workflow."""
+        result = make_reply(code)
+        result.set_header(AppConstants.CURRENT_ROUND, of_round)
+        properties = {FLContextKey.TASK_RESULT: result, AppConstants.CURRENT_ROUND: in_round}
+        self.monitor.handle_event(EventType.BEFORE_TASK_RESULT_FILTER, self.context(site, **properties))
+        return result.get_return_code()
+
+
+class TestTheHeartbeatMonitor:
+    def test_reports_a_site_that_takes_too_long_for_its_task_until_it_answers(self, monkeypatch):
+        sites = Monitored(monkeypatch, ["north", "south"], site_timeout=30)
+        sites.send_task("north", "n1")
+        sites.send_task("south", "s1")
+        sites.now = 20.0
+        sites.answer("north")
+        sites.send_task("south", "s1")  # the same once more does not start the clock again
+        assert sites.check_at(29) == []
+        assert sites.check_at(31) == ["south"]
+        sites.send_task("south", "s2")  # nor does another one, while it has not answered
+        assert sites.answer("south", ReturnCode.TASK_ABORTED) == ReturnCode.TASK_ABORTED
+        assert sites.check_at(36) == ["south"]
+        assert sites.answer("south") == ReturnCode.OK
+        assert sites.check_at(41) == []
+        sites.send_task("south", "s3")
+        assert sites.check_at(70) == []
+        assert sites.check_at(72) == ["south"]
+
+    def test_keeps_the_answer_of_a_site_that_was_given_up_out_of_later_rounds(self, monkeypatch):
+        sites = Monitored(monkeypatch, ["north", "south"], site_timeout=30)
+        sites.send_task("south", "s1")
+        assert sites.check_at(31) == ["south"]
+        assert sites.answer("south", of_round=0, in_round=1) == ReturnCode.TASK_UNKNOWN
+
+    def test_reports_a_silent_site(self, monkeypatch):
+        sites = Monitored(monkeypatch, ["north"], site_timeout=1e9)
+        assert sites.check_at(1) == []
+        sites.sites = []
+        assert sites.check_at(1 + watch.SILENCE_S) == []
+        assert sites.check_at(2 + watch.SILENCE_S) == ["north"]
+
+    def test_goes_on_after_an_error(self, monkeypatch):
+        monkeypatch.setattr(watch, "ASK_EVERY_S", 0.01)
+        asked = threading.Semaphore(0)
+
+        class Engine:
+            def get_clients(self):
+                return []
+
+            @contextlib.contextmanager
+            def new_context(self):
+                context = FLContext()
+                context.set_prop(ReservedKey.ENGINE, self, private=True, sticky=False)
+                yield context
+
+            def fire_event(self, event_type, fl_ctx):
+                pass
+
+            def send_aux_request(self, **_):
+                asked.release()
+                raise OSError("the network is down")
+
+        with Engine().new_context() as context:
+            monitor = watch.Watch(1.0)
+            monitor.handle_event(EventType.START_RUN, context)
+            assert asked.acquire(timeout=30) and asked.acquire(timeout=30)
+            monitor.handle_event(EventType.END_RUN, context)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc, for containers")
