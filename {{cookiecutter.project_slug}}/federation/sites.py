@@ -22,7 +22,7 @@ NEWS = re.compile(
     "|".join(
         [
             LATE.replace("{}", r"(?P<late>\S+)", 1).replace("{:.0f}", r"\d+"),
-            BACK.replace("{}", r"(?P<answered>\S+)"),
+            BACK.replace("{}", r"(?P<again>\S+)"),
             r"Client (?P<lost>\S+) is deemed disconnected",
             r"Client (?P<back>\S+) is reconnected",
         ]
@@ -108,7 +108,7 @@ class SiteNews:
                 print(f"{found[0]}; {WITHOUT}", flush=True)
             elif kind == "lost" and site not in self.late:
                 print(f"{site} is lost: it does not answer; {WITHOUT}", flush=True)
-            elif kind == "answered" or (kind == "back" and site not in self.late):
+            elif kind == "again" or (kind == "back" and site not in self.late):
                 self.late.discard(site)
                 print(f"{site} is back", flush=True)
 

@@ -15,13 +15,12 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, ReservedTopic
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
-from nvflare.app_common.app_constant import AppConstants
 
 ASK_EVERY_S = 5.0
 ANSWER_S = 5.0
 SILENCE_S = 60.0  # after so long without an answer a site is lost to the job
 START_S = 60.0  # more at the beginning: a site imports PyTorch first
-LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has answered after all"  # job.py tells the user
+LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has taken another task"  # job.py tells the user
 PATIENCE = {  # seconds: NVFlare's own, which begins after that and anew in each round; little is needed any more
     "dead_client_grace_period": 1.0,
     "dead_client_check_lead_time": 5.0,
@@ -31,7 +30,7 @@ PATIENCE = {  # seconds: NVFlare's own, which begins after that and anew in each
 class Watch(FLComponent):
     """Reports a silent or late site to the workflow, which then continues without it, while `min_clients` are left.
 
-    A late site is one again that takes part once it has answered.
+    A late site takes part again from the next task that it fetches.
 
     Args:
         site_timeout: seconds that a site may take for a task, its training in one round.
@@ -52,17 +51,13 @@ class Watch(FLComponent):
             self.over.set()
         elif event_type == EventType.AFTER_TASK_DATA_FILTER:  # a task is on its way to a site, maybe not the first time
             site, task = fl_ctx.get_peer_context().get_identity_name(), fl_ctx.get_prop(FLContextKey.TASK_ID)
-            if site not in self.late and self.tasks.get(site, ("", 0.0))[0] != task:
+            if self.tasks.get(site, ("", 0.0))[0] != task:
                 self.tasks[site] = (task, time.monotonic())
-        elif event_type == EventType.BEFORE_TASK_RESULT_FILTER:  # an answer has come
-            site, answer = fl_ctx.get_peer_context().get_identity_name(), fl_ctx.get_prop(FLContextKey.TASK_RESULT)
-            if answer.get_return_code() == ReturnCode.OK:  # not that of a task that NVFlare has canceled there
-                self.tasks.pop(site, None)
-                if site in self.late:
-                    self.late.discard(site)
+                if site in self.late:  # it is done with its old task: NVFlare sees to it that nobody gets the result
+                    self.late.remove(site)
                     self.log_info(fl_ctx, BACK.format(site))
-                    if answer.get_header(AppConstants.CURRENT_ROUND) != fl_ctx.get_prop(AppConstants.CURRENT_ROUND):
-                        answer.set_return_code(ReturnCode.TASK_UNKNOWN)  # else FedOpt adds it up in the wrong round
+        elif event_type == EventType.BEFORE_TASK_RESULT_FILTER:  # an answer has come
+            self.tasks.pop(fl_ctx.get_peer_context().get_identity_name(), None)
 
     def _watch(self, engine: Any) -> None:
         self.heard = dict.fromkeys((client.name for client in engine.get_clients()), time.monotonic() + START_S)

@@ -19,7 +19,6 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import make_reply
-from nvflare.app_common.app_constant import AppConstants
 from nvflare.fuel.flare_api.flare_api import Session
 from nvflare.fuel.hci.shell_cmd_val import TailValidator
 from nvflare.private.fed.server.job_cmds import JobCommandModule
@@ -204,39 +203,25 @@ class Monitored:
     def send_task(self, site: str, task: str) -> None:
         self.monitor.handle_event(EventType.AFTER_TASK_DATA_FILTER, self.context(site, **{FLContextKey.TASK_ID: task}))
 
-    def answer(self, site: str, code: str = ReturnCode.OK, of_round: int = 0, in_round: int = 0) -> str:
-        """Let a site answer, and return the code with which the answer goes on to the workflow."""
-        result = make_reply(code)
-        result.set_header(AppConstants.CURRENT_ROUND, of_round)
-        properties = {FLContextKey.TASK_RESULT: result, AppConstants.CURRENT_ROUND: in_round}
-        self.monitor.handle_event(EventType.BEFORE_TASK_RESULT_FILTER, self.context(site, **properties))
-        return result.get_return_code()
+    def answer(self, site: str) -> None:
+        self.monitor.handle_event(EventType.BEFORE_TASK_RESULT_FILTER, self.context(site))
 
 
 class TestTheHeartbeatMonitor:
-    def test_reports_a_site_that_takes_too_long_for_its_task_until_it_answers(self, monkeypatch):
+    def test_reports_a_site_that_takes_too_long_for_its_task_until_it_takes_another(self, monkeypatch):
         sites = Monitored(monkeypatch, ["north", "south"], site_timeout=30)
         sites.send_task("north", "n1")
         sites.send_task("south", "s1")
         sites.now = 20.0
         sites.answer("north")
-        sites.send_task("south", "s1")  # the same once more does not start the clock again
+        sites.send_task("south", "s1")  # sent once more, as after a break in the network
         assert sites.check_at(29) == []
         assert sites.check_at(31) == ["south"]
-        sites.send_task("south", "s2")  # nor does another one, while it has not answered
-        assert sites.answer("south", ReturnCode.TASK_ABORTED) == ReturnCode.TASK_ABORTED
-        assert sites.check_at(36) == ["south"]
-        assert sites.answer("south") == ReturnCode.OK
-        assert sites.check_at(41) == []
-        sites.send_task("south", "s3")
-        assert sites.check_at(70) == []
-        assert sites.check_at(72) == ["south"]
-
-    def test_keeps_the_answer_of_a_site_that_was_given_up_out_of_later_rounds(self, monkeypatch):
-        sites = Monitored(monkeypatch, ["north", "south"], site_timeout=30)
         sites.send_task("south", "s1")
-        assert sites.check_at(31) == ["south"]
-        assert sites.answer("south", of_round=0, in_round=1) == ReturnCode.TASK_UNKNOWN
+        assert sites.check_at(36) == ["south"]
+        sites.send_task("south", "s2")
+        assert sites.check_at(66) == []
+        assert sites.check_at(67) == ["south"]
 
     def test_reports_a_silent_site(self, monkeypatch):
         sites = Monitored(monkeypatch, ["north"], site_timeout=1e9)
@@ -320,3 +305,39 @@ def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_al
     results = [json.loads((project.folder / "runs" / name / "results.json").read_text()) for name in ("poc", "sim")]
     assert results[0]["rounds"] == results[1]["rounds"]
     assert results[0]["test"] == results[1]["test"]
+
+
+CALL = "x, labels = batch\n        hang(self.round)\n        outputs = self(x)\n        loss"
+# Site 2 hangs in its first round until it is given up and the next round runs, which then waits for it.
+HANG = """
+import os, time
+from pathlib import Path
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.1)
+def hang(number):
+    released, back = Path(os.environ["SIGNS"], "released"), Path(os.environ["SIGNS"], "back")
+    site = next(name for name in ("site-1", "site-2", "site-3") if name in os.getcwd())
+    if (site, number) == ("site-2", 0):
+        wait_for(released)
+    elif (site, number) == ("site-2", 1):
+        back.touch()
+    elif (site, number) == ("site-1", 1):
+        released.touch()
+        wait_for(back)
+"""
+
+
+@pytest.mark.slow
+def test_a_site_whose_training_hangs_is_given_up_and_may_come_back(project, tmp_path):
+    project.replace("model.py", "x, labels = batch\n        outputs = self(x)\n        loss", CALL)
+    (project.folder / "model.py").write_text((project.folder / "model.py").read_text() + HANG)
+    flags = ["--dataset", "digits", "--n_clients", "3", "--num_rounds", "2", "--name", "hung"]
+    run = project.run("job.py", "--env", "poc", *flags, "--site_timeout", "45", SIGNS=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert "site-2 has not answered within --site_timeout 45 s; the job goes on without it" in run.stdout
+    assert "site-2 is back" in run.stdout
+    result = json.loads((project.folder / "runs" / "hung" / "results.json").read_text())
+    assert result["lost"] == []
+    untrained, *later = (entry["sites"]["site-2"] for entry in result["rounds"])
+    assert untrained is None and None not in later
