@@ -176,8 +176,8 @@ def follow(
 
         yield show_lines
     else:
-        # No thread and nothing redirected: the simulator is forked from this process.
-        live = Live(console=Console(), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        # No thread: the simulator is forked from this process. What is printed meanwhile appears above the live view.
+        live = Live(console=Console(), auto_refresh=False)
 
         def show_live(log: str, rounds: list[dict[str, Any]]) -> None:
             now = time.monotonic()

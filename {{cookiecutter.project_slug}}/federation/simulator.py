@@ -95,6 +95,7 @@ def _run_simulator(
     with open(log, "ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not the live display's
     if FORKS:
         multiprocessing.set_start_method("fork", force=True)
     # Without the project's folder and modules, server and clients see the job's files alone, as real sites do.

@@ -1,6 +1,7 @@
 """What the screen shows of a run: by the logs that the sites write, on a terminal and elsewhere."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -195,6 +196,7 @@ from pathlib import Path
 from federation.display import follow
 with follow({"site-1": Path(sys.argv[1])}, 2, verbose=False) as show:
     show("", [])
+    print("site-2 is lost")
     show("", [{"round": 0, "metrics": {"val_acc": 0.25}, "sites": {}}])
     if sys.argv[2] != "none":
         raise {"interrupt": KeyboardInterrupt, "failure": ValueError}[sys.argv[2]]
@@ -209,6 +211,7 @@ def test_a_terminal_is_left_as_it_was(tmp_path, ending):
     _, sent = on_a_terminal([sys.executable, "-c", PROGRAM, str(log), ending], PROJECT)
     assert b"training, step 24 of 96, 12.5 steps/s" in sent
     assert b"round 1 of 2 done" in sent
+    assert re.search(rb"\x1b\[2Ksite-2 is lost *\r\n", sent)  # above the live view, which would else erase it
     assert sent.count(HIDE) == sent.count(SHOW) == 1
     after = sent[sent.rindex(SHOW) :]
     if ending == "none":
