@@ -178,6 +178,10 @@ class TestAFederationOfSites:
         assert set(finished["test"]["sites"]) == set(SITES)
         assert torch.load(project.folder / "runs" / "first" / "final.pt", weights_only=True)
 
+    def test_shows_a_lead_of_the_servers_organization_its_rounds_as_they_end(self, finished, project):
+        assert "round 1 of 2 done" in project.screen
+        assert "may not see the server's log" not in project.screen
+
     def test_tells_who_holds_what_only_of_a_site_that_opts_in(self, finished, project):
         held = json.loads((project.folder / "runs" / "first" / "partition.json").read_text())
         half = N_IMAGES // 2
