@@ -51,7 +51,7 @@ def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) ->
         job_id = running = server.submit(job)
         print(f"the server has the job, {running}; Ctrl-C stops it", flush=True)
         seen, told, tell_of_sites = 0, False, SiteNews()
-        rounds: list[dict[str, Any]] = []  # as NVFlare records them, but without metrics; the last one is running
+        rounds: list[dict[str, Any]] = []  # as the server records them, but without metrics; the last one is running
 
         def look() -> None:
             nonlocal seen, told
@@ -66,7 +66,7 @@ def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) ->
                 stream.write(new)
             tell_of_sites(new)
             started = re.findall(r"Round (\d+) started", new)
-            rounds.extend({"round": int(number), "aggregated_metrics": []} for number in started)
+            rounds.extend({"round": int(number), "metrics": {}, "sites": {}} for number in started)
             follow(new, rounds[:-1])
 
         status = server.watch(job_id, look)

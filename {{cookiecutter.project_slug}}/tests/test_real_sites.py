@@ -231,7 +231,7 @@ class TestIsRefused:
             federation.start("north", FL_DATA_ROOT=str(images["north"]))
         # The server may not have missed the killed site yet, and the two others are a majority: the job goes on.
         assert run.returncode == 0, run.stderr
-        assert "WARNING: without a part in the final model: north" in run.stdout
+        assert "WARNING: no final evaluation from north" in run.stdout
         result = json.loads((project.folder / "runs" / "intruder" / "results.json").read_text())
         assert result["lost"] == ["north"] and set(result["test"]["sites"]) == {"east", "south"}
         run = project.run(*other.job("--name", "stranger", "--wait", "1"))
@@ -284,7 +284,7 @@ class TestInTheMiddleOfARound:
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         assert "south is lost: it does not answer" in out
-        assert "WARNING: without a part in the final model: south" in out
+        assert "WARNING: no final evaluation from south" in out
         result = json.loads((project.folder / "runs" / "long" / "results.json").read_text())
         assert result["lost"] == ["south"]
         assert [entry["round"] for entry in result["rounds"]] == [0, 1, 2, 3]
