@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
-from nvflare.apis.filter import Filter
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
@@ -34,7 +35,7 @@ class RunEnded(Exception):
     """The server ends the run: one line for the user."""
 
 
-class AnswerCheck(Filter):
+class AnswerCheck(FLComponent):
     """Checks each answer of a site on arrival, and the global model after each round.
 
     An answer that fails is emptied, which every workflow takes for none, and noted in `rejected.jsonl`: its `round`
@@ -64,8 +65,9 @@ class AnswerCheck(Filter):
         self.lock = threading.Lock()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        super().handle_event(event_type, fl_ctx)
-        if event_type == AppEventType.INITIAL_MODEL_LOADED:
+        if event_type == EventType.AFTER_TASK_RESULT_FILTER:
+            self._check(fl_ctx.get_prop(FLContextKey.TASK_RESULT), fl_ctx)
+        elif event_type == AppEventType.INITIAL_MODEL_LOADED:
             self.specs = specs_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
         elif event_type == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE:
             self.round += 1
@@ -77,27 +79,26 @@ class AnswerCheck(Filter):
                 write_json(run_folder(fl_ctx) / FAILURE, {"reason": reason})
                 self.system_panic(reason, fl_ctx)
 
-    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        if shareable.get_return_code(ReturnCode.OK) != ReturnCode.OK:  # it says itself that it is none
-            return shareable
+    def _check(self, answer: Shareable, fl_ctx: FLContext) -> None:
+        if answer.get_return_code(ReturnCode.OK) != ReturnCode.OK:  # it says itself that it is none
+            return
         site = fl_ctx.get_peer_context().get_identity_name()
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         with self.lock:
-            reason = self.find_fault(site, task, shareable)
+            try:
+                reason = self.find_fault(site, task, answer)
+            except Exception as error:  # NVFlare would go on with the answer
+                reason = f"it cannot be checked ({type(error).__name__}: {error})"
             if reason:
                 round_ = self.round if task == AppConstants.TASK_TRAIN else None
                 record = {"round": round_, "site": site, "task": task, "reason": reason}
                 append_json(run_folder(fl_ctx) / REJECTED, record)
                 self.log_warning(fl_ctx, f"rejected the answer of {site}: {reason}")
-                DXO(DataKind.WEIGHTS, data={}).update_shareable(shareable)
-        return shareable
+                DXO(DataKind.WEIGHTS, data={}).update_shareable(answer)
 
     def find_fault(self, site: str, task: str, answer: Shareable) -> str | None:
         """What is wrong with an answer, in a few words, or None."""
-        try:
-            content = from_shareable(answer)
-        except (TypeError, ValueError) as error:
-            return f"it cannot be read ({error})"
+        content = from_shareable(answer)
         if task == AppConstants.TASK_TRAIN:
             return self._training_fault(site, answer, content)
         if content.data_kind != DataKind.METRICS:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
 from nvflare.app_opt.pt.recipes.fedprox import FedProxRecipe
@@ -78,7 +77,7 @@ def build(options: argparse.Namespace, holdings: Holdings, run: Path) -> Recipe:
     recipe._job.to_server(FinalEvaluation(options.n_clients), id="final_evaluation")  # no public method does it
     images = {site: {part: len(own) for part, own in parts.items()} for site, parts in holdings.sites.items()}
     answer_check = AnswerCheck(options.algorithm, classes, options.first_round, images or None)
-    recipe.add_server_input_filter(answer_check, tasks=[AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION])
+    recipe._job.to_server(answer_check, id="answer_check")
     recipe._job.to_server(Receipt(), id="receipt")
     if options.env != "sim":  # there, clients that take turns have no process in between; simulator.py sees to it
         recipe.add_server_config(PATIENCE)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
@@ -51,11 +52,13 @@ class Server:
     def receive(self, answer: Shareable, site="site-1", task="train") -> str | None:
         """Why an answer is rejected; None if it is not."""
         before = self.rejected()
-        arrived = self.check.process(answer, self.context(site, task))
+        context = self.context(site, task)
+        context.set_prop(FLContextKey.TASK_RESULT, answer, private=True, sticky=False)
+        self.check.handle_event(EventType.AFTER_TASK_RESULT_FILTER, context)
         new = self.rejected()[len(before) :]
         if not new:
             return None
-        assert from_shareable(arrived).data == {}  # nothing of it is left
+        assert from_shareable(answer).data == {}  # nothing of it is left
         assert (new[0]["site"], new[0]["task"]) == (site, task)
         return new[0]["reason"]
 
@@ -155,7 +158,7 @@ def test_an_unsound_answer_to_an_evaluation_is_rejected(server, fault):
 
 
 def test_an_answer_that_is_none_of_nvflares_is_rejected(server):
-    assert server().receive(Shareable()).startswith("it cannot be read")
+    assert server().receive(Shareable()).startswith("it cannot be checked (")
 
 
 def test_an_answer_that_says_itself_that_it_failed_is_nvflares_business(server):
