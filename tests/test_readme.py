@@ -47,7 +47,7 @@ def commands(readme: Path) -> list[str]:
     """The commands in the blocks ```sh, one line each, without comments."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S):
-        assert language in ("sh", "python", ""), f"{readme}: commands go into blocks of sh, not {language}"
+        assert language in ("sh", "python", "json", ""), f"{readme}: commands go into blocks of sh, not {language}"
         if language == "sh":
             lines = block.replace("\\\n", "").splitlines()
             found += [command for line in lines if (command := re.sub(r"(^|\s+)#.*", "", line).strip())]
