@@ -298,6 +298,10 @@ def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_al
         assert run.returncode == 0, run.stderr
         assert Path("/tmp/nvflare").exists() == before
     assert project.processes() == []
+    left = list((project.folder / "runs" / "poc" / "federation").rglob("*"))
+    assert any(path.name == "log.txt" for path in left)
+    assert [path for path in left if path.stat().st_mode & 0o077] == []
+    assert [path for path in left if path.is_file() and b"PRIVATE KEY" in path.read_bytes()] == []
     assert project.run("job.py", *flags, "--name", "sim").returncode == 0
     poc, sim = (torch.load(project.folder / "runs" / name / "final.pt", weights_only=True) for name in ("poc", "sim"))
     assert poc.keys() == sim.keys()
