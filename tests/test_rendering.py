@@ -84,6 +84,7 @@ FILES = """
     tests/test_display.py
     tests/test_federation.py
     tests/test_fetch.py
+    tests/test_files.py
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_model.py

@@ -199,10 +199,8 @@ def check(options: argparse.Namespace) -> int:
     except (UsageError, FederationError, OSError) as error:
         print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
         return 1
-    print(
-        f"\nCHECK PASSED in {time.monotonic() - START:.0f} s: one round, {options.n_clients} sites, {options.dataset}\n"
-        f"It trained on {options.max_batches} batches per site: its accuracy says nothing yet"
-    )
+    print(f"\nA check trains on {options.max_batches} batches per site: the accuracy above says nothing yet")
+    print(f"CHECK PASSED in {time.monotonic() - START:.0f} s: one round, {options.n_clients} sites, {options.dataset}")
     return 0
 
 

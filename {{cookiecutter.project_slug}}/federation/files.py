@@ -52,7 +52,7 @@ def finite(value: Any) -> Any:
 
 
 def _replace(path: Path, write: Any) -> None:
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(unfinished)
         os.replace(unfinished, path)

@@ -47,6 +47,7 @@ from typing import Any
 from federation.command_line import OWN_FLAGS, STAGE
 
 VERSION = 1
+DOMINANT = 0.9  # share of all training images with which a site's say is no longer one among others
 MAX_CAVEATS = 20  # about rejected answers
 CONFIGURATION = (
     *("partition", "alpha", "shards_per_site", "n_clients", "num_rounds"),
@@ -151,6 +152,10 @@ def caveats(result: dict[str, Any]) -> list[str]:
     for entry in result["rounds"]:
         if missing := [site for site in entry["missing"] if site not in result["lost"]]:
             found.append(f"the means {after_rounds(entry['round'])} do not cover {', '.join(missing)}")
+    train = {site: own["train"] for site, own in result["images"].items()}
+    for site, count in train.items():
+        if len(train) > 2 and count > DOMINANT * sum(train.values()):
+            found.append(f"{site} announced {count:,} of {sum(train.values()):,} training images: can that be?")
     return found
 
 

@@ -132,6 +132,14 @@ def test_a_run_that_changed_its_learning_rate_on_the_way_is_refused(run, program
     assert message in refused(program, folder, "first")
 
 
+def test_the_baselines_have_the_threads_of_the_sites(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    folder, result = run(n_clients=1)
+    compare.compare(folder, {**result, "threads": 3})
+    assert asked == [3]
+
+
 def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
     folder, result = run()
     compare.compare(folder, {**result, "max_batches": 4})

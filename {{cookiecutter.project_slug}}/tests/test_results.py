@@ -234,5 +234,12 @@ class TestCaveats:
             encoding="utf-8"
         )
 
+    def test_ask_about_a_site_that_would_outweigh_all_others(self, runs, program):
+        sound = {f"site-{k}": {"train": 800, "val": 200} for k in (1, 2)}
+        add_run(runs / "second", images={**sound, "site-3": {"train": 10**9, "val": 1}})
+        assert "WARNING: site-3 announced 1,000,000,000 of 1,000,001,600 training images" in program("second")[1]
+        add_run(runs / "third", images={**sound, "site-3": {"train": 9000, "val": 1}})
+        assert "WARNING" not in program("third")[1]
+
     def test_are_none_where_all_sites_are_covered(self, runs, program):
         assert "WARNING" not in program("first")[1]
