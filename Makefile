@@ -37,9 +37,9 @@ bench: .venv/ready  ## measure the speed beside a plain loop and the textbook wa
 bench-quick: .venv/ready  ## the same on few images: shows that the benchmark works, no more
 	$(BIN)/python benchmarks/speed.py --quick $(BENCH)
 
-.venv/ready: requirements-dev.txt {{cookiecutter.project_slug}}/requirements.txt
-	$(PYTHON) "{{cookiecutter.project_slug}}/install.py" --no-gpu --venv .venv \
-		-r requirements-dev.txt -r "{{cookiecutter.project_slug}}/requirements.txt"
+.venv/ready: requirements-dev.txt {{cookiecutter.__folder}}/requirements.txt
+	$(PYTHON) "{{cookiecutter.__folder}}/install.py" --no-gpu --venv .venv \
+		-r requirements-dev.txt -r "{{cookiecutter.__folder}}/requirements.txt"
 	touch $@
 
 clean:  ## remove what was built here

@@ -23,7 +23,7 @@ else:
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else what a background job starts ignores Ctrl-C
 
 TEMPLATE = Path(__file__).resolve().parent.parent
-PROJECT = TEMPLATE / "{{cookiecutter.project_slug}}"
+PROJECT = TEMPLATE / "{{cookiecutter.__folder}}"
 ANSWERS = json.loads((TEMPLATE / "cookiecutter.json").read_text(encoding="utf-8"))
 QUESTIONS = {name: default for name, default in ANSWERS.items() if not name.startswith("_")}
 

@@ -62,6 +62,7 @@ def test_the_default_answers_are_accepted(bake):
         ("project_name", "bell\a", "control characters"),
         ("project_slug", "Eyes", "a-z, 0-9"),
         ("project_slug", "../eyes", "a-z, 0-9"),
+        ("project_slug", "con/sole", "a-z, 0-9"),
         ("project_slug", "json", "package"),
         ("project_slug", "torch", "package"),
         ("num_clients", "0", "from 1 to 1000"),

@@ -358,7 +358,7 @@ def test_the_templates_make_uses_it(project, tmp_path):
     code, said = run(command, template, {**project.variables, **no_network})
     assert code == 0 and (template / ".venv" / "ready").exists(), said
     assert project.asked_of_uv()[-1].endswith(
-        "/template/.venv/bin/python --quiet -r requirements-dev.txt -r {{cookiecutter.project_slug}}/requirements.txt"
+        "/template/.venv/bin/python --quiet -r requirements-dev.txt -r {{cookiecutter.__folder}}/requirements.txt"
     )
 
 
