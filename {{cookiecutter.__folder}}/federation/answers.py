@@ -109,6 +109,9 @@ class AnswerCheck(FLComponent):
         meta = content.meta
         if (number := answer.get_header(AppConstants.CURRENT_ROUND)) != self.round:
             return f"it is of round {number}, not {self.round}"
+        kind = DataKind.WEIGHT_DIFF if self.algorithm == "fedopt" else DataKind.WEIGHTS
+        if content.data_kind != kind:  # the mean would be taken for what the first answer says it is
+            return f"it does not have what was asked for, {kind.value}"
         counts = {"train": meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND), "val": meta.get(VAL_IMAGES)}
         controls = meta.get(AlgorithmConstants.SCAFFOLD_CTRL_DIFF)
         return (

@@ -72,10 +72,10 @@ def server(tmp_path):
     return lambda *arguments, **more: Server(tmp_path, *arguments, **more)
 
 
-def trained(weights=WEIGHTS, metrics=METRICS, round_=0, **meta) -> Shareable:
+def trained(weights=WEIGHTS, metrics=METRICS, round_=0, kind=DataKind.WEIGHTS, **meta) -> Shareable:
     """A site's answer after training, as client.py sends it."""
     told = {MetaKey.NUM_STEPS_CURRENT_ROUND: 8, "val_images": 2, **meta, MetaKey.INITIAL_METRICS: metrics}
-    answer = DXO(DataKind.WEIGHTS, data=weights, meta=told).to_shareable()
+    answer = DXO(kind, data=weights, meta=told).to_shareable()
     answer.set_header(AppConstants.CURRENT_ROUND, round_)
     return answer
 
@@ -111,6 +111,7 @@ UNSOUND = {
     "a missing tensor": (trained({"w": WEIGHTS["w"]}), "tensor n is missing"),
     "text for a tensor": (trained(changed(w="weights")), "w is not a tensor"),
     "no weights": (trained({}), "tensor n is missing"),
+    "a change for weights": (trained(kind=DataKind.WEIGHT_DIFF), "it does not have what was asked for, WEIGHTS"),
     "an answer to another round": (trained(round_=3), "it is of round 3, not 0"),
     "more images than announced": (
         trained(**{COUNT: 10**12}),
@@ -155,6 +156,12 @@ UNSOUND_EVALUATIONS = {
 def test_an_unsound_answer_to_an_evaluation_is_rejected(server, fault):
     answer, reason = UNSOUND_EVALUATIONS[fault]
     assert server().receive(answer, task="validate").startswith(reason)
+
+
+def test_fedopts_sites_send_their_change_and_nothing_else(server):
+    server = server("fedopt")
+    assert server.receive(trained(kind=DataKind.WEIGHT_DIFF)) is None
+    assert server.receive(trained()) == "it does not have what was asked for, WEIGHT_DIFF"
 
 
 def test_an_answer_that_is_none_of_nvflares_is_rejected(server):
