@@ -80,21 +80,23 @@ class AnswerCheck(FLComponent):
                 self.system_panic(reason, fl_ctx)
 
     def _check(self, answer: Shareable, fl_ctx: FLContext) -> None:
-        if answer.get_return_code(ReturnCode.OK) != ReturnCode.OK:  # it says itself that it is none
-            return
         site = fl_ctx.get_peer_context().get_identity_name()
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         with self.lock:
-            try:
-                reason = self.find_fault(site, task, answer)
-            except Exception as error:  # NVFlare would go on with the answer
-                reason = f"it cannot be checked ({type(error).__name__}: {error})"
+            if has_failed := answer.get_return_code(ReturnCode.OK) != ReturnCode.OK:
+                reason: str | None = "its task failed, and its own log says why"
+            else:
+                try:
+                    reason = self.find_fault(site, task, answer)
+                except Exception as error:  # NVFlare would go on with the answer
+                    reason = f"it cannot be checked ({type(error).__name__}: {error})"
             if reason:
                 round_ = self.round if task == AppConstants.TASK_TRAIN else None
                 record = {"round": round_, "site": site, "task": task, "reason": reason}
                 append_json(run_folder(fl_ctx) / REJECTED, record)
                 self.log_warning(fl_ctx, f"rejected the answer of {site}: {reason}")
-                DXO(DataKind.WEIGHTS, data={}).update_shareable(answer)
+                if not has_failed:  # else NVFlare deals with it
+                    DXO(DataKind.WEIGHTS, data={}).update_shareable(answer)
 
     def find_fault(self, site: str, task: str, answer: Shareable) -> str | None:
         """What is wrong with an answer, in a few words, or None."""

@@ -14,7 +14,7 @@ from federation.answers import FAILURE, FINAL, HOLDS, REJECTED
 from federation.evaluation import BEST, REPORT
 from federation.figures import weighted_mean
 from federation.files import read_json_lines
-from federation.workspace import SERVER, RunFailed, read_rounds
+from federation.workspace import SERVER, RunFailed, read_rounds, root_cause
 
 LAST = "last.pt"  # in the folder of a run that failed
 
@@ -87,15 +87,13 @@ def bring_home(
 
 
 def failure(run: Path, error: Exception) -> str:
-    """Why a run failed and what is left of it: the server's own reason where it ended the run, else the error's.
+    """Why a run failed and what is left of it: a site's own error, else the server's reason to end it, else `error`.
 
     The global model after the last finished round is brought home as `last.pt`, where there is one.
     """
-    server = run / "workspace" / SERVER
-    reason = (
-        json.loads((server / FAILURE).read_text(encoding="utf-8"))["reason"] if (server / FAILURE).exists() else error
-    )
-    left = ""
+    server, reason, left = run / "workspace" / SERVER, str(error), ""
+    if (server / FAILURE).exists() and not root_cause(run / "workspace"):
+        reason = json.loads((server / FAILURE).read_text(encoding="utf-8"))["reason"]
     if (server / FINAL).exists():
         shutil.copy(server / FINAL, run / LAST)
         left = f"\n{run}/{LAST} is the global model after the last round that was finished"

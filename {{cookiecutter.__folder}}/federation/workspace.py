@@ -24,7 +24,7 @@ def read_rounds(workspace: Path) -> list[dict[str, Any]]:
 
 def root_cause(workspace: Path) -> str:
     """The error that came first at any site: the exception and the line of the project's file, then the lines that led
-    there. Empty if there is none.
+    there. Empty if there is none, or only that with which the server ended the run.
     """
     errors = []
     for log in workspace.glob("*/log.txt"):
@@ -32,6 +32,8 @@ def root_cause(workspace: Path) -> str:
         for time, traceback, error in re.findall(
             r"^(\d{4}-\S+ \S+) .*Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", text, re.MULTILINE
         ):
+            if "RunEnded" in error:
+                continue
             frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
             where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)
             place = " ({}, line {})".format(*frames[-1][:2]) if frames else ""

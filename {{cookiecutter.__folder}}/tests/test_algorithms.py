@@ -392,7 +392,7 @@ def test_two_rounds_and_two_more_are_four_rounds(federations):
     assert then["resumed"] == {"run": first["name"], "round": 2}
     assert then["rounds"] == at_once["rounds"][2:]
     assert then["sha256"] == at_once["sha256"]
-    assert f"goes on from runs/{first['name']} after round 2; nothing is lost" in then["screen"]
+    assert f"resumes runs/{first['name']} after round 2: the sites' optimizers start afresh" in then["screen"]
     assert "round 4 of 4 done" in then["screen"]
 
 

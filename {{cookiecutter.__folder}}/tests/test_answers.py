@@ -168,8 +168,13 @@ def test_an_answer_that_is_none_of_nvflares_is_rejected(server):
     assert server().receive(Shareable()).startswith("it cannot be checked (")
 
 
-def test_an_answer_that_says_itself_that_it_failed_is_nvflares_business(server):
-    assert server().receive(make_reply(ReturnCode.EXECUTION_EXCEPTION)) is None
+def test_a_task_that_failed_is_noted_and_left_to_nvflare(server):
+    server, answer = server(), make_reply(ReturnCode.EXECUTION_EXCEPTION)
+    context = server.context()
+    context.set_prop(FLContextKey.TASK_RESULT, answer, private=True, sticky=False)
+    server.check.handle_event(EventType.AFTER_TASK_RESULT_FILTER, context)
+    assert server.rejected()[0]["reason"] == "its task failed, and its own log says why"
+    assert answer.get_return_code() == ReturnCode.EXECUTION_EXCEPTION and "DXO" not in answer
 
 
 @pytest.mark.parametrize(
