@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 import yaml
 from hypothesis import HealthCheck, settings
@@ -83,6 +84,8 @@ class BakedProject:
             json.loads(text)
         elif suffix == ".sh":
             subprocess.run(["bash", "-n", str(self.path / name)], check=True)
+        elif suffix == ".j2":
+            jinja2.Environment().parse(text)
         else:
             assert suffix in (".md", ".txt") or Path(name).name in (".gitignore", "Dockerfile"), f"what is {name}?"
 

@@ -41,13 +41,13 @@ FILES = """
     federation/figures.py
     federation/files.py
     federation/outcome.py
-    federation/page.py
     federation/partition.py
     federation/plots.py
     federation/poc.py
     federation/quick_start.py
     federation/receipt.py
     federation/recipes.py
+    federation/report.html.j2
     federation/report.py
     federation/resume.py
     federation/runs.py

@@ -67,6 +67,7 @@ class Page(HTMLParser):
             self.section = None
 
     def handle_data(self, text):
+        text = re.sub(r"\s+", " ", text)  # as a browser shows it
         self.text += text
         if self.section:
             self.sections[self.section] += text
@@ -200,23 +201,23 @@ class TestAPage:
         (run / "results.json").write_text(json.dumps(result), encoding="utf-8")
         page = written(run)
         assert "The loss of the rounds was not recorded." in page.sections["learning"]
-        assert "this run's server kept no receipt" in page.sections["receipt"]
+        assert "the server of this run kept no audit log" in page.sections["receipt"]
         assert "Unknown" in page.sections["time"]
 
 
-NAMES = ["<script>alert(1)</script>", "a&b", "$5$", "_hidden", '"quoted"', "$body", "猫", "back\\slash", "it's", "]]>"]
+NAMES = ["<script>alert(1)</script>", "a&b", "$5$", "_hidden", '"quoted"', "{{1}}", "猫", "back\\slash", "it's", "]]>"]
 
 
 def test_names_can_hold_any_character(tmp_path):
     sites = ("_site", "<i>site</i>", 'site "3"')
     run = make_run(tmp_path / "odd", sites=sites, classes=NAMES, algorithm="<i>average</i>")
-    project = "</title><script>alert('x')</script> & $heading \N{GRINNING FACE}"
+    project = "</title><script>alert('x')</script> & {{ subtitle }} \N{GRINNING FACE}"
     page = written(run, project)
     assert not {"script", "i"} & {tag for tag, _ in page.tags}
     assert project in page.text
     assert ["algorithm", "<i>average</i>"] in page.rows["configuration"]
     assert page.plots()[0] == "accuracy by round: all sites, " + ", ".join(sites)
-    legend, _ = page.sections["learning"].split("The figures of the plots")
+    legend, _ = page.sections["learning"].split("The numbers behind the plots")
     for site in sites:
         assert site in legend, site
     for name in NAMES:
@@ -256,14 +257,14 @@ class TestRealSites:
 
     def test_that_keep_their_counts_to_themselves_have_a_page(self, run):
         page = written(run)
-        assert "Unknown: no site told how many images of each class it has." in page.sections["holdings"]
+        assert "Unknown: no site reported its number of images per class." in page.sections["holdings"]
         assert ["2", "site-2", "0.251", "0.251"] in page.rows["learning"]
 
     def test_that_tell_their_counts_are_shown_and_the_others_named(self, run):
         self.tell(run, {"site-1": dict.fromkeys(CLASSES, 4), "site-2": {}})
         page = written(run)
         assert "Images of 10 classes at 1 sites" in page.plots()
-        assert "Not told by: site-2." in page.sections["holdings"]
+        assert "Not reported by: site-2." in page.sections["holdings"]
         assert page.rows["holdings"] == []
 
     def test_without_test_images_have_no_accuracy(self, run):
@@ -391,7 +392,7 @@ class TestAReceipt:
     def test_points_to_what_is_not_of_the_model(self, run):
         add_receipt(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
         page = written(run)
-        assert "Not by name and shape a weight of the final model: batch." in page.sections["receipt"]
+        assert "Not a weight of the final model by name and shape: batch." in page.sections["receipt"]
         assert ["batch", "16 × 3 × 32 × 32", "float32", "196,608"] in page.rows["receipt"]
 
 
