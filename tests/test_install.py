@@ -20,7 +20,7 @@ INDEX = "https://download.pytorch.org/whl/cpu"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 # It writes down what it is told. What `venv` makes works; `pip install` fails, waits or does nothing.
 UV = """#!/bin/sh
-echo "$*" >> "{log}"
+echo "${{UV_TORCH_BACKEND:+PyTorch for $UV_TORCH_BACKEND: }}$*" >> "{log}"
 case "$*" in *"$UV_WAITS_IN"*) if [ -n "$UV_WAITS_IN" ]; then echo waiting; exec sleep 600; fi;; esac
 if [ "$1" = venv ]; then for folder; do :; done; mkdir -p "$folder/bin"; ln -s {python} "$folder/bin/python"; fi
 case "$*" in *"$UV_FAILS_IN"*) if [ -n "$UV_FAILS_IN" ]; then exit 2; fi;; esac
@@ -168,6 +168,12 @@ def test_a_venv_that_was_there_stays_where_a_command_fails(project):
     assert mine.exists()
 
 
+def test_requirements_that_cannot_be_read_change_nothing(project, broken):
+    code, said = project.install("--venv", ".venv", "-r", "absent.txt")
+    assert (code, said.count("\n")) == (1, 1) and "absent.txt" in said
+    assert os.path.lexists(broken) and project.asked_of_uv() == []
+
+
 def test_ctrl_c_leaves_nothing_half_made(project):
     process = subprocess.Popen(
         [sys.executable, "install.py"],
@@ -221,16 +227,21 @@ def pretend_installed(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(text, encoding="utf-8")
 
 
-def test_versions_are_compared_as_numbers(project, tmp_path):
+ONLY_PIP_CAN_JUDGE = ["has_4[extra]", "has_4; python_version < '4'", "has_4 @ file:///nowhere", "-r other.txt"]
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    ["", "has_29>=2.10", "has_29>=2.8,<2.9.2", "has_214<2.9", "has_30>=3", "absent", "broken", *ONLY_PIP_CAN_JUDGE],
+)
+def test_a_python_has_all_if_it_meets_each_requirement(project, tmp_path, lacking):
     for name, version in {"has_29": "2.9.2", "has_214": "2.14.1+cpu", "has_30": "3.0rc1", "has_4": "4"}.items():
         pretend_installed(tmp_path / "packages", name, version)
     (tmp_path / "packages" / "broken-1.dist-info").mkdir()
-    met = ["has_29>=2.9,<2.10", "has-29>=2.9.2", "Has.29", "has_214>=2.4", "has_214==2.14.1", "has_30>=3", "has_4>=4.0"]
-    lacking = ["has_29>=2.10", "has_29>=2.8,<2.9.2", "has_214<2.9", "has_214==2.14", "absent", "absent>=1", "broken"]
-    only_pip_can_judge = ["has_29~=2.9", "has_29>=2.9; python_version < '4'", "-r other.txt", "--no-binary has_29"]
-    project.require(*met, *lacking, *only_pip_can_judge)
-    code, said = project.install("--lacking", PYTHONPATH=str(tmp_path / "packages"))
-    assert code == 0 and said.splitlines() == lacking + only_pip_can_judge
+    met = ["has_29>=2.9,<2.10", "has-29~=2.9", "Has.29", "has_214>=2.4", "has_214==2.14.1", "has_30>=2", "has_4>=4.0"]
+    project.require(*met, lacking)
+    code, said = project.install("--plan", PYTHONPATH=str(tmp_path / "packages"))
+    assert (code, said == f"{sys.executable} has all that is needed\n") == (0, not lacking)
 
 
 def test_every_requirement_of_the_project_is_understood(project, tmp_path):
@@ -240,7 +251,8 @@ def test_every_requirement_of_the_project_is_understood(project, tmp_path):
     lines = [line.partition("#")[0].strip() for line in requirements.splitlines()]
     for name, _, bounds in (line.partition(">=") for line in lines if line):
         pretend_installed(tmp_path / "packages", name.replace("-", "_"), bounds.partition(",")[0])
-    assert project.install("--lacking", PYTHONPATH=str(tmp_path / "packages")) == (0, "")
+    code, said = project.install("--plan", PYTHONPATH=str(tmp_path / "packages"))
+    assert (code, said) == (0, f"{sys.executable} has all that is needed\n")
 
 
 def test_a_python_that_is_too_old_is_told_in_one_line(project):
@@ -295,31 +307,16 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch ha
 
 
 @linux
-def test_pytorch_comes_from_the_index_of_cpu_wheels_where_that_answers(project, index, tmp_path):
+def test_uv_takes_pytorch_without_cuda_where_the_index_of_cpu_wheels_answers(project, index, tmp_path):
     (tmp_path / "index" / "torch").mkdir(parents=True)
     project.index(index)
-    project.require("tiny>=1", "torch>=1000", "torchvision>=1000  # why", "torchmetrics>=1.4")
     code, said = project.install()
     assert code == 0 and f"Asking {index}/torch/" in said and "for at most 5 s" in said, said
-    first = f"{ADD} --index-url {index} torch>=1000 torchvision>=1000"
-    assert project.asked_of_uv() == [MAKE, first, f"{ADD} -r ./requirements.txt"]
+    assert project.asked_of_uv() == [MAKE, f"PyTorch for cpu: {ADD} -r ./requirements.txt"]
 
 
-@linux
-def test_the_default_pytorch_is_taken_where_that_index_fails(project, index, tmp_path):
-    (tmp_path / "index" / "torch").mkdir(parents=True)
-    project.index(index)
-    project.require("torch>=1000")
-    code, said = project.install(UV_FAILS_IN="--index-url")
-    assert code == 0 and "failed with exit code 2: taking the default one" in said
-    assert project.asked_of_uv()[-1] == f"{ADD} -r ./requirements.txt"
-
-
-@pytest.mark.parametrize(
-    "why", ["refused", "not found", "silent", "no HTTP", "gpu", "settings", "macOS", "not lacking"]
-)
-def test_the_default_pytorch_is_taken_without_asking_that_index_for_wheels(project, index, why):
-    project.require("torch>=1000")
+@pytest.mark.parametrize("why", ["refused", "not found", "silent", "no HTTP", "gpu", "settings", "macOS"])
+def test_the_default_pytorch_is_taken_where_that_index_does_not_answer_or_is_not_wanted(project, index, why):
     command = [sys.executable, "install.py"]
     if why == "not found":
         project.index(index)
@@ -330,18 +327,14 @@ def test_the_default_pytorch_is_taken_without_asking_that_index_for_wheels(proje
     elif why == "settings":
         (project.path / "settings.py").write_text("USE_GPU = True\n", encoding="utf-8")
     elif why == "macOS":
-        pretend = "import runpy, sys, urllib.request; sys.platform = 'darwin'"
+        pretend = "import runpy, sys; sys.platform = 'darwin'"
         command = [sys.executable, "-c", f"{pretend}; runpy.run_path('install.py', run_name='__main__')"]
-    elif why == "not lacking":
-        project.make_venv()
-        project.require("tiny>=1", "pytest>=8")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         if why == "silent":
             project.index(f"http://127.0.0.1:{silent.getsockname()[1]}", answer_s=0.1)
         code, said = run(command, project.path, project.variables)
     assert code == 0 and "Traceback" not in said, said
-    assert project.asked_of_uv()[-1] == f"{ADD} -r ./requirements.txt"
-    assert not any("--index-url" in line for line in project.asked_of_uv())
+    assert project.asked_of_uv() == [MAKE, f"{ADD} -r ./requirements.txt"]
     asks = sys.platform == "linux" and why in ("refused", "not found", "silent", "no HTTP")
     assert ("Asking" in said, "No answer: taking the default one" in said) == (asks, asks)
 
@@ -365,28 +358,29 @@ def test_the_templates_make_uses_it(project, tmp_path):
 @pytest.mark.slow
 @linux
 def test_venv_and_pip_make_complete_and_replace_the_environment(project, index, tmp_path):
-    make_wheel(tmp_path / "index" / "torch", "torch", "2.9.1+cpu")
-    make_wheel(tmp_path / "wheels", "torch", "2.9.1")
-    make_wheel(tmp_path / "wheels", "tiny", "1.2")
-    make_wheel(tmp_path / "wheels", "more", "1.0")
-    project.index(index)
+    make_wheel(tmp_path / "index" / "cpu" / "torch", "torch", "2.9.1+cpu")
+    make_wheel(tmp_path / "index" / "default" / "torch", "torch", "2.9.1")
+    make_wheel(tmp_path / "index" / "default" / "tiny", "tiny", "1.2")
+    make_wheel(tmp_path / "index" / "default" / "more", "more", "1.0")
+    project.index(f"{index}/cpu")
     project.require("tiny>=1", "torch>=2.4")
-    pip = {"PATH": "/usr/bin:/bin", "PIP_FIND_LINKS": str(tmp_path / "wheels")}
+    pip = {"PATH": "/usr/bin:/bin", "PIP_INDEX_URL": f"{index}/default"}
 
     def installed() -> list[str]:
-        return sorted(path.name for path in project.venv.glob("lib/python*/site-packages/t*.dist-info"))
+        return sorted(path.name for path in project.venv.glob("lib/python*/site-packages/[mt]*.dist-info"))
 
-    code, said = project.install(**pip)  # from the index; what that has not got is in the other folder
+    code, said = project.install(**pip)
     assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
     assert "\r" not in said and "Collecting" not in said
-    assert project.install(**pip, PIP_NO_INDEX="1") == (0, f"{project.venv}/bin/python has all that is needed\n")
 
     project.require("tiny>=1", "torch>=2.4", "more")
-    code, said = project.install(**pip, PIP_NO_INDEX="1")
-    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
+    shutil.rmtree(tmp_path / "index" / "cpu" / "torch")
+    (tmp_path / "index" / "cpu" / "torch").mkdir()  # it answers, and has nothing
+    code, said = project.install(**pip)
+    assert code == 0 and installed() == ["more-1.0.dist-info", "tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
     (project.venv / "bin" / "python").unlink()
-    code, said = project.install("--gpu", **pip, PIP_NO_INDEX="1")
-    assert code == 0 and installed() == ["tiny-1.2.dist-info", "torch-2.9.1.dist-info"], said
+    code, said = project.install(**pip)
+    assert code == 0 and installed() == ["more-1.0.dist-info", "tiny-1.2.dist-info", "torch-2.9.1.dist-info"], said
 
 
 @pytest.mark.slow
