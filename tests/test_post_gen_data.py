@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import TEMPLATE, command, run, surroundings
+from conftest import PROJECT, TEMPLATE, command, run, surroundings
 
 pytestmark = [
     pytest.mark.slow,
@@ -129,7 +129,7 @@ def template(tmp_path) -> Path:
 @pytest.fixture
 def shorten_check(template):
     """The check only tells what it is told."""
-    job = next(template.glob("*/job.py"))
+    job = template / PROJECT.name / "job.py"
     job.write_text(SHORT_CHECK + job.read_text(encoding="utf-8"), encoding="utf-8")
 
 
@@ -226,7 +226,7 @@ def processes_of(folder: Path) -> list[str]:
 def test_ctrl_c_at_a_terminal(cookiecutter, template, tmp_path, step, marker):
     arguments, cwd, env = cookiecutter("silent", dataset="digits" if step == "check" else "cifar10")
     if step == "environment":
-        with open(next(template.glob("*/requirements.txt")), "a", encoding="utf-8") as requirements:
+        with open(template / PROJECT.name / "requirements.txt", "a", encoding="utf-8") as requirements:
             requirements.write("no-such-package>=1\n")
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "uv").write_text(FAKE_UV, encoding="utf-8")

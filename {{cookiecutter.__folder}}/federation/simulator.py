@@ -16,7 +16,7 @@ from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
 from federation.command_line import PROJECT
 from federation.evaluation import REPORT
-from federation.watchdog import guard
+from federation.watchdog import SIGNALS, guard
 from federation.workers import forked_clients
 from federation.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
 
@@ -69,7 +69,10 @@ def simulate(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
     )
     log.touch()
     with guard(run) as started, log.open(encoding="utf-8", errors="replace") as lines:
+        # Held back meanwhile: a signal that comes in the middle of a fork ends in one of Python's callbacks, unheard.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         simulator.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         started(simulator.pid)
         while True:
             running = simulator.is_alive()
@@ -92,6 +95,7 @@ def _run_simulator(
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # job.py ends the whole process tree
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     with open(log, "ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

@@ -178,3 +178,25 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(project):
     last_words = sent[sent.index(SHOW) :].decode().splitlines()
     assert last_words[-1] == "job.py: stopped; no process is left"
     assert project.processes() == []
+
+
+INTERRUPTED_FORK = """
+import os, signal, sys
+sent = []
+def interrupt():
+    if not sent:
+        sent.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+os.register_at_fork(after_in_parent=interrupt)  # Python only prints what is raised there
+import job
+sys.exit(job.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+def test_ctrl_c_is_heard_in_the_middle_of_a_fork(project):
+    run = project.run("-c", INTERRUPTED_FORK, "--dataset", "digits")
+    assert run.returncode == 130
+    assert run.stderr.endswith("job.py: stopped; no process is left\n")
+    assert project.processes() == []
