@@ -102,7 +102,8 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # where a test reads some lines and then communicates, a character can be cut in two
         )
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
