@@ -53,8 +53,8 @@ def main() -> None:
         print("WARNING: --gpu was asked for, but this site has no CUDA GPU: training on the CPU")
     classes = Path(__file__).with_name("classes.txt").read_text(encoding="utf-8").splitlines()
 
-    nvflares: list[Callback] = []  # its callback alone outlives a round: it has SCAFFOLD's control variate
-    while flare.is_running():  # (3) one pass is one task of the server, and makes all that it needs anew
+    nvflares: list[Callback] = []  # its callback is kept: it holds SCAFFOLD's control variate
+    while flare.is_running():  # (3) one iteration per task; everything is created for that task
         input_model = flare.receive()  # (4) the global model; the patched trainer loads it by itself
         round_ = input_model.current_round or 0
         data = SiteDataModule(site, classes, args)

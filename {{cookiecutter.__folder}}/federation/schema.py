@@ -160,7 +160,7 @@ def caveats(result: dict[str, Any]) -> list[str]:
 
 
 def after_rounds(number: int) -> str:
-    """Which global model it is: the one after so many rounds."""
+    """How tables name the global model after `number` rounds."""
     return f"after round {number}" if number else "untrained"
 
 
