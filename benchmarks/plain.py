@@ -38,7 +38,7 @@ def import_project(folder: str) -> tuple[type[nn.Module], types.ModuleType]:
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__getattr__ = lambda attribute: nn.Module  # type: ignore[method-assign]
     sys.path.insert(0, folder)
-    from federation import partition
+    from federation.site import partition
     from model import Net
 
     for name in absent:

@@ -77,7 +77,7 @@ class Programs:
 
     def prepare(self, images: Path) -> Path:
         """Convert a folder of images as the project does it. Returns the folder of converted images."""
-        code = "import sys; from pathlib import Path; from federation.catalog import prepare; "
+        code = "import sys; from pathlib import Path; from federation.site.catalog import prepare; "
         code += "print(prepare('image_folder', Path(sys.argv[1]), 32))"
         command = [sys.executable, "-c", code, str(images)]
         done = subprocess.run(command, cwd=self.project, env=self.environment, stdout=subprocess.PIPE, check=True)

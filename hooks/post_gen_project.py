@@ -21,7 +21,7 @@ from typing import Any
 OWN = ".venv/bin/python"  # what install.py makes, unless the Python that runs it has all that is needed
 BY_HAND = ["python3 install.py", "sh prepare_data.sh", f"{OWN} job.py --check  # python3, where no .venv was needed"]
 DOWNLOADS = {"cifar10": "170 MB", "fashion_mnist": "30 MB", "bloodmnist": "35 MB"}
-UNFIT = r"[\s'\"\\#]"  # in a project's path, as in its federation/command_line.py
+UNFIT = r"[\s'\"\\#]"  # in a project's path, as in its federation/launch/options.py
 received: list[bool] = []  # signals: the first one ends the command that runs, and no step is begun after it
 
 

@@ -218,7 +218,7 @@ def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_pa
 
 
 def test_the_hook_refuses_the_same_paths_as_the_project(hook):
-    code = ast.parse((PROJECT / "federation" / "command_line.py").read_text(encoding="utf-8"))
+    code = ast.parse((PROJECT / "federation" / "launch" / "options.py").read_text(encoding="utf-8"))
     [rule] = [node.value for node in code.body if isinstance(node, ast.Assign) and node.targets[0].id == "UNFIT"]
     assert hook.globals["UNFIT"] == ast.literal_eval(rule)
 

@@ -34,7 +34,7 @@ SITE = """
 import dataclasses, importlib.machinery, sys
 
 def patch(module):
-    if module.__name__ == "federation.catalog":
+    if module.__name__ == "federation.site.catalog":
         source = dataclasses.replace(module.SOURCES["cifar10"], files=(({archive!r}, {md5!r}),), mirrors={mirrors!r})
         module.SOURCES["cifar10"], module.fetch.READ_S = source, 0.5
     else:
@@ -46,7 +46,7 @@ def patch(module):
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name in ("federation.catalog", "torchvision.datasets.cifar"):
+        if name in ("federation.site.catalog", "torchvision.datasets.cifar"):
             spec = importlib.machinery.PathFinder.find_spec(name, path)
             execute = spec.loader.exec_module
             spec.loader.exec_module = lambda module: (execute(module), patch(module))
@@ -241,7 +241,7 @@ def test_ctrl_c_at_a_terminal(cookiecutter, template, tmp_path, step, marker):
         assert text in said, said
     terminal.close()
     project = tmp_path / "eyes"
-    assert (project / "job.py").exists() and (project / "federation" / "catalog.py").exists(), said
+    assert (project / "job.py").exists() and (project / "federation" / "site" / "catalog.py").exists(), said
     assert not (project / ".venv").exists()
     assert processes_of(project) == [], said
     assert cached(tmp_path) == {"environment": [], "data": [], "check": ["digits-32px"]}[step]

@@ -27,41 +27,41 @@ FILES = """
     deploy/compose.yml
     deploy/healthy.py
     deploy/project.yml
-    federation/aggregator.py
-    federation/answers.py
-    federation/catalog.py
-    federation/check.py
-    federation/command_line.py
-    federation/confusion.py
-    federation/display.py
-    federation/evaluation.py
     federation/exchange.py
-    federation/fedopt.py
-    federation/fetch.py
-    federation/figures.py
     federation/files.py
-    federation/outcome.py
-    federation/partition.py
-    federation/plots.py
-    federation/poc.py
-    federation/quick_start.py
-    federation/receipt.py
-    federation/recipes.py
-    federation/report.html.j2
-    federation/report.py
-    federation/resume.py
-    federation/runs.py
-    federation/schema.py
-    federation/server.py
-    federation/simulator.py
-    federation/sites.py
-    federation/telemetry.py
-    federation/timing.py
-    federation/tracking.py
-    federation/watch.py
-    federation/watchdog.py
-    federation/workers.py
-    federation/workspace.py
+    federation/launch/display.py
+    federation/launch/fork_server.py
+    federation/launch/options.py
+    federation/launch/poc.py
+    federation/launch/prod.py
+    federation/launch/recipes.py
+    federation/launch/resume.py
+    federation/launch/session.py
+    federation/launch/simulator.py
+    federation/launch/tracking.py
+    federation/launch/watchdog.py
+    federation/report/confusion.py
+    federation/report/page.html.j2
+    federation/report/page.py
+    federation/report/plots.py
+    federation/run/check.py
+    federation/run/folder.py
+    federation/run/metrics.py
+    federation/run/outcome.py
+    federation/run/schema.py
+    federation/run/timing.py
+    federation/run/workspace.py
+    federation/server/aggregation.py
+    federation/server/answers.py
+    federation/server/audit.py
+    federation/server/evaluation.py
+    federation/server/fedopt.py
+    federation/server/heartbeat.py
+    federation/site/catalog.py
+    federation/site/fetch.py
+    federation/site/partition.py
+    federation/site/progress.py
+    federation/site/quick_start.py
     install.py
     job.py
     model.py

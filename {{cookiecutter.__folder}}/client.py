@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import federation.quick_start  # noqa: F401 (Lightning starts sooner)
+import federation.site.quick_start  # noqa: F401 (Lightning starts sooner)
 
 # isort: split
 import nvflare.client as flare_client
@@ -19,7 +19,7 @@ from pytorch_lightning import Callback, seed_everything
 
 import model as models
 from data import SiteDataModule
-from federation.telemetry import Telemetry
+from federation.site.progress import Telemetry
 from trainer import make_trainer, training_seed
 
 

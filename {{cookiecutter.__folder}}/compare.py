@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 import results
-from federation import schema
-from federation.command_line import Parser, UsageError, model_names
-from federation.figures import as_text, weighted_mean
 from federation.files import write_json
+from federation.launch.options import Parser, UsageError, model_names
+from federation.run import schema
+from federation.run.metrics import as_text, weighted_mean
 
 ROWS = {
     "centralised": "centralised",
@@ -108,7 +108,7 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
                 f"runs/{folder.name} was resumed with another --{name} ({', '.join(map(str, sorted(values)))}): "
                 "compare a run that had one"
             )
-    import federation.quick_start  # noqa: F401 (before Lightning)
+    import federation.site.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
     import data

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
-from federation.catalog import SOURCES, Split, check_classes, open_split
-from federation.catalog import prepare as prepare_store
-from federation.fetch import DataError
-from federation.partition import deal, deal_like, hold_out, site_names
+from federation.site.catalog import SOURCES, Split, check_classes, open_split
+from federation.site.catalog import prepare as prepare_store
+from federation.site.fetch import DataError
+from federation.site.partition import deal, deal_like, hold_out, site_names
 
 __all__ = ["DataError", "Holdings", "SiteDataModule", "describe", "known_classes", "pooled", "prepare"]
 

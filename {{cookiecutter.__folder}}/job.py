@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from federation.command_line import ALGORITHMS, PROJECT, UsageError, check_model, parse, validate
-from federation.runs import new_run, point_latest_to
+from federation.launch.options import ALGORITHMS, PROJECT, UsageError, check_model, parse, validate
+from federation.run.folder import new_run, point_latest_to
 
 if TYPE_CHECKING:  # Lightning takes seconds
     from data import Holdings
@@ -41,7 +41,7 @@ def main() -> int:
             return check(options)
         holdings = get_data(options)
         if options.resume:
-            from federation import resume
+            from federation.launch import resume
 
             resume.check(options, holdings)
         if options.export:
@@ -64,7 +64,7 @@ def main() -> int:
 
 def get_data(options: argparse.Namespace) -> "Holdings":
     """Fetch and convert what is missing, and say who holds what: data.py's `Holdings`."""
-    import federation.quick_start  # noqa: F401 (before Lightning)
+    import federation.site.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
     import data
@@ -87,9 +87,10 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     import torch
 
     import results
-    from federation import display, outcome, resume, schema, simulator, tracking
     from federation.files import write_json
-    from federation.workspace import RunFailed
+    from federation.launch import display, resume, simulator, tracking
+    from federation.run import outcome, schema
+    from federation.run.workspace import RunFailed
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -116,9 +117,9 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}  # real sites keep theirs
     run_job = simulator.simulate
     if options.env == "poc":
-        from federation.poc import rehearse as run_job
+        from federation.launch.poc import rehearse as run_job
     elif options.env == "prod":
-        from federation.sites import submit as run_job
+        from federation.launch.prod import submit as run_job
     try:
         with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
             run_job(job, folder, options, follow)
@@ -151,7 +152,7 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
 
 def build_job(options: argparse.Namespace, holdings: "Holdings", run: Path) -> Path:
     """Write the job, which is all that the server and the sites get, into a run's folder, and return its own folder."""
-    from federation import recipes, tracking
+    from federation.launch import recipes, tracking
 
     recipe = recipes.build(options, holdings, run)
     tracking.add_tracking(recipe, options.tracking, run)
@@ -162,14 +163,14 @@ def build_job(options: argparse.Namespace, holdings: "Holdings", run: Path) -> P
 def export(options: argparse.Namespace, holdings: "Holdings") -> None:
     """Write the job for real sites to `options.export`: what a submission sends, to be reviewed or submitted."""
     sys.argv = sys.argv[:1]  # NVFlare has an --export of its own, and warns
-    from federation import sites
+    from federation.launch import prod
 
     # Not a run, but within the project: NVFlare bundles files only by a relative path.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=".") as folder:
         run = Path(os.path.relpath(folder)) / (options.name or Path(options.export).name)
         run.mkdir()
         job = build_job(options, holdings, run)
-        sites.address(job, options.sites)
+        prod.address(job, options.sites)
         try:
             shutil.copytree(job, options.export)
         except OSError as error:
@@ -192,7 +193,7 @@ def check(options: argparse.Namespace) -> int:
             holdings = get_data(options)
         folder = new_run(options.name, options.overwrite)
         result = federate(options, holdings, folder)
-        from federation.check import find_fault
+        from federation.run.check import find_fault
 
         if fault := find_fault(folder, result, list(holdings.sites), len(holdings.classes)):
             raise FederationError(f"{fault}\nThe whole log: {folder}/log.txt")

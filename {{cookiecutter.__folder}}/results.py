@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 import settings
-from federation import schema
-from federation.command_line import run_folder
-from federation.figures import as_text
+from federation.launch.options import run_folder
+from federation.run import schema
+from federation.run.metrics import as_text
 
 RUNS = Path(__file__).resolve().parent / "runs"
 MAX_COLUMNS, MAX_ROWS = 10, 20  # on the screen; partition.json and results.json have all
@@ -133,7 +133,7 @@ def main() -> int:
     try:
         results = {run.name: schema.read(run) for run in runs}
         if options.html:
-            from federation import report  # its plots' library takes a second to import
+            from federation.report import page as report  # its plots' library takes a second to import
 
             if len(runs) == 1:
                 print(report.write(runs[0], settings.PROJECT_NAME))

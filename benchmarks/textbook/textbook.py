@@ -3,14 +3,14 @@
 import sys
 
 import job
-from federation import recipes
+from federation.launch import recipes
 
 NVFLARE_TASK_INTERVAL_S = 2.0
 
 if __name__ == "__main__":
     if not hasattr(recipes, "TASK_INTERVAL_S"):
         sys.exit(
-            "federation/recipes.py has no TASK_INTERVAL_S any more: benchmarks/textbook/textbook.py must follow it"
+            "federation/launch/recipes.py has no TASK_INTERVAL_S any more: benchmarks/textbook/textbook.py must follow"
         )
     recipes.TASK_INTERVAL_S = NVFLARE_TASK_INTERVAL_S
     sys.exit(job.main())

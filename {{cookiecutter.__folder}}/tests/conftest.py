@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from federation import catalog
-from federation.fetch import DataError
+from federation.site import catalog
+from federation.site.fetch import DataError
 from mirrors import Mirror, StandIn, make_bloodmnist, make_cifar10, make_fashion_mnist, md5
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else what a background job starts ignores Ctrl-C

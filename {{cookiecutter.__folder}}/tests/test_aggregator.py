@@ -13,9 +13,9 @@ from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
-from federation.aggregator import SITES, OrderedMean, mean_metrics
-from federation.answers import AnswerCheck, RunEnded
-from federation.evaluation import FinalEvaluation
+from federation.server.aggregation import SITES, OrderedMean, mean_metrics
+from federation.server.answers import AnswerCheck, RunEnded
+from federation.server.evaluation import FinalEvaluation
 
 IMAGES = {"site-1": 288, "site-2": 575, "site-10": 31, "site-3": 7, "site-4": 1}
 

@@ -19,9 +19,10 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_opt.pt.fedopt import PTFedOptModelShareableGenerator
 
 from conftest import PROJECT, Project
-from federation import command_line, recipes
-from federation.aggregator import OrderedScaffold
-from federation.fedopt import StartFromCheckpoint
+from federation.launch import options as command_line
+from federation.launch import recipes
+from federation.server.aggregation import OrderedScaffold
+from federation.server.fedopt import StartFromCheckpoint
 
 MADE = {
     "dataset": "digits",
@@ -164,7 +165,7 @@ BROKEN = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_run_whose_files_are_broken_does_not_go_on(runs, fault):
     from data import Holdings
-    from federation import resume
+    from federation.launch import resume
 
     holdings = Holdings(["cat", "dog"], {}, {})
     (runs / "first" / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)))
@@ -183,10 +184,10 @@ def test_the_newest_run_goes_on_under_its_own_name(runs):
 
 EXPORT = """
 from pathlib import Path
-import federation.quick_start
+import federation.site.quick_start
 from data import Holdings
-from federation import recipes
-from federation.command_line import parse, validate
+from federation.launch import recipes
+from federation.launch.options import parse, validate
 for algorithm in recipes.ALGORITHMS:
     options = parse(["--algorithm", algorithm, "--num_rounds", "3"])
     options.first_round = 2
@@ -204,7 +205,7 @@ def test_the_server_is_told_where_to_begin_and_what_to_do_at_the_end(project):
         told = json.loads(config.read_text())
         training, evaluation = told["workflows"]
         assert (training["args"]["start_round"], training["args"]["num_rounds"]) == (2, 3)
-        assert evaluation["path"] == "federation.evaluation.FinalEvaluation"
+        assert evaluation["path"] == "federation.server.evaluation.FinalEvaluation"
         components = {component["id"]: component["args"] for component in told["components"]}
         assert "model_selector" not in components  # it would keep a best model of its own
         model = components["model"] if algorithm == "fedopt" else components["persistor"]["model"]["args"]
@@ -255,7 +256,7 @@ def test_fedopt_steps_from_the_weights_that_the_sites_were_given():
 def test_fedopt_alone_steps_from_other_weights():
     given, change, after = server_step(mended=False)
     step = distance(change, dict.fromkeys(change, 0))
-    assert distance(given, after) > 100 * step  # once NVFlare mends it, federation/fedopt.py can go
+    assert distance(given, after) > 100 * step  # once NVFlare mends it, federation/server/fedopt.py can go
 
 
 def test_scaffold_adds_up_in_the_order_of_names(monkeypatch):
@@ -404,7 +405,7 @@ def test_patience_ends_a_run_that_gains_nothing(federations):
     assert "stopped early: no better validation accuracy with --patience 2" in result["screen"]
     assert result["rounds"][-1]["round"] == 3  # the first round's is the best; two more do not better it
     assert result["best"]["round"] == max(result["rounds"][1:], key=lambda r: (r["accuracy"], r["round"]))["round"]
-    from federation.outcome import fingerprint
+    from federation.run.outcome import fingerprint
 
     assert fingerprint(federations.weights(result, "final.pt")) == result["sha256"]
 

@@ -16,8 +16,8 @@ from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
-from federation.aggregator import OrderedMean, OrderedScaffold
-from federation.answers import AnswerCheck, RunEnded
+from federation.server.aggregation import OrderedMean, OrderedScaffold
+from federation.server.answers import AnswerCheck, RunEnded
 
 WEIGHTS = {"w": np.ones((2, 3), dtype=np.float32), "n": np.array(3)}
 CONTROLS = {"w": np.zeros((2, 3), dtype=np.float32)}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from conftest import PROJECT, data_error, names_in
-from federation import catalog
-from federation.catalog import open_split, prepare
+from federation.site import catalog
+from federation.site.catalog import open_split, prepare
 from mirrors import ARCHIVE, good, md5
 
 # ---- what comes out
@@ -153,7 +153,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_made_good(
 
 DIE_WHILE_CONVERTING = """
 import os
-from federation import catalog
+from federation.site import catalog
 
 catalog._write_classes = lambda *args: os._exit(9)
 catalog.prepare("digits", None, 32)
@@ -181,7 +181,7 @@ def test_an_archive_is_unpacked_where_the_next_conversion_cleans_up(mirror, publ
 
 PREPARE_WHEN_TOLD = """
 import dataclasses, sys
-from federation import catalog
+from federation.site import catalog
 
 url, checksum = sys.argv[1:]
 source = catalog.SOURCES["bloodmnist"]

@@ -12,7 +12,7 @@ import pytest
 import compare
 import data
 import results
-from federation import schema
+from federation.run import schema
 
 ACCURACY = 0.5  # of the global model, as these tests have it
 

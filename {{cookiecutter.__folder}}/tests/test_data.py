@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 from conftest import data_error
-from federation.partition import SCHEMES, site_names
+from federation.site.partition import SCHEMES, site_names
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 N_TRAIN, N_TEST = 200, 40

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from conftest import HIDE, PROJECT, SHOW, on_a_terminal
-from federation.display import Progress, duration, follow
+from federation.launch.display import Progress, duration, follow
 
 TIME = "2026-01-01 10:00:00,000 - TaskScriptRunner - INFO - "
 
@@ -82,7 +82,7 @@ def test_the_log_is_read_in_whole_lines(progress, site, tmp_path):
 
 
 def test_the_client_prints_what_the_display_looks_for():
-    from federation.display import STATES
+    from federation.launch.display import STATES
 
     text = (PROJECT / "client.py").read_text()
     for words in STATES:
@@ -193,7 +193,7 @@ def test_verbose_shows_nvflares_log_and_nothing_else(capsys, tmp_path):
 PROGRAM = """
 import sys
 from pathlib import Path
-from federation.display import follow
+from federation.launch.display import follow
 with follow({"site-1": Path(sys.argv[1])}, 2, verbose=False) as show:
     show("", [])
     print("site-2 is lost")

@@ -116,17 +116,17 @@ class TestAFinishedRun:
             "app/custom/classes.txt",
             "app/custom/client.py",
             "app/custom/data.py",
-            "app/custom/federation/aggregator.py",
-            "app/custom/federation/answers.py",
-            "app/custom/federation/catalog.py",
-            "app/custom/federation/evaluation.py",
+            "app/custom/federation/server/aggregation.py",
+            "app/custom/federation/server/answers.py",
+            "app/custom/federation/site/catalog.py",
+            "app/custom/federation/server/evaluation.py",
             "app/custom/federation/exchange.py",
-            "app/custom/federation/fetch.py",
+            "app/custom/federation/site/fetch.py",
             "app/custom/federation/files.py",
-            "app/custom/federation/partition.py",
-            "app/custom/federation/quick_start.py",
-            "app/custom/federation/receipt.py",
-            "app/custom/federation/telemetry.py",
+            "app/custom/federation/site/partition.py",
+            "app/custom/federation/site/quick_start.py",
+            "app/custom/federation/server/audit.py",
+            "app/custom/federation/site/progress.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
             "app/custom/trainer.py",
@@ -159,7 +159,7 @@ class TestAFinishedRun:
         assert "final test" in shown and "Who holds what" in shown
 
     def test_follows_the_schema(self, finished):
-        from federation import outcome, schema
+        from federation.run import outcome, schema
 
         assert finished.result["version"] == schema.VERSION
         of_others = {"fedprox_mu", "server_learning_rate", "server_momentum"}  # flags of other algorithms

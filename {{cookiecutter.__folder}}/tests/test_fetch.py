@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from conftest import data_error, names_in
-from federation import fetch
-from federation.catalog import open_split, prepare
+from federation.site import fetch
+from federation.site.catalog import open_split, prepare
 from mirrors import ARCHIVE, good, hangs, md5, missing, trickles, truncated, wrong
 
 FAULTS = {  # behaviour -> what the user is told

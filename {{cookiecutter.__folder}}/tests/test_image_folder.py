@@ -16,9 +16,9 @@ from PIL import Image
 
 import data
 from conftest import PROJECT, data_error, names_in
-from federation import catalog
-from federation.catalog import open_split, prepare
-from federation.fetch import DataError
+from federation.site import catalog
+from federation.site.catalog import open_split, prepare
+from federation.site.fetch import DataError
 
 
 def save(path: Path, colour=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:
@@ -481,7 +481,7 @@ def test_a_copy_that_was_replaced_before_it_was_opened_is_an_error_of_one_line(r
 DIE_WHILE_CONVERTING = """
 import os, sys
 from pathlib import Path
-from federation import catalog
+from federation.site import catalog
 
 catalog._write_classes = lambda *args: os._exit(9)
 catalog.prepare("image_folder", Path(sys.argv[1]), 4)

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from conftest import names_in
-from federation import catalog, command_line, partition, runs
+from federation.launch import options as command_line
+from federation.run import folder as runs
+from federation.site import catalog, partition
 from job import main
 
 BAD_FLAGS = {
@@ -103,7 +105,8 @@ def recorded(monkeypatch, tmp_path):
         **{"best": None, "lost": [], "rejected": [], "stopped_early": False, "model": "final.pt", "counts": {}},
     }
     import job as program
-    from federation import outcome, simulator
+    from federation.launch import simulator
+    from federation.run import outcome
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -175,7 +178,7 @@ DATA_FAULTS = {
 @pytest.fixture
 def job(monkeypatch, tmp_path, capsys):
     """Run job.py in this process, which has imported what takes seconds: (exit code, standard error)."""
-    monkeypatch.setattr("federation.runs.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("federation.run.folder.RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -283,8 +286,8 @@ def test_a_model_file_that_is_not_python_is_refused(project):
 
 UNREACHED = """
 import sys
-from federation import sites
-from federation.workspace import RunFailed
+from federation.launch import prod as sites
+from federation.run.workspace import RunFailed
 
 def no_server(*_):
     raise RunFailed("there is no server")

@@ -6,7 +6,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import model as models
-from federation import command_line
+from federation.launch import options as command_line
 from model import LitNet, LitResNet, augment
 from trainer import training_seed
 

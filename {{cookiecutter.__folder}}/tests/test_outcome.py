@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from federation.outcome import bring_home, failure
-from federation.workspace import SERVER, RunFailed
+from federation.run.outcome import bring_home, failure
+from federation.run.workspace import SERVER, RunFailed
 
 NAMES = ("val_acc", "val_loss", "val_images", "test_acc", "test_loss", "test_images")
 REPORTS = {

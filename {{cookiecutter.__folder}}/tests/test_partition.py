@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federation.partition import MIN_DIRICHLET, MIN_SITE, SCHEMES, deal, deal_like, hold_out, site_names
+from federation.site.partition import MIN_DIRICHLET, MIN_SITE, SCHEMES, deal, deal_like, hold_out, site_names
 
 DISJOINT = [scheme for scheme in SCHEMES if scheme != "none"]
 MINIMUM = {"iid": MIN_SITE, "dirichlet": MIN_DIRICHLET, "shards": 2 * MIN_SITE}

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from conftest import HIDE, PROJECT, SHOW, Project, on_a_terminal
-from federation.poc import provision
+from federation.launch.poc import provision
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
 LONG = ["--dataset", "digits", "--num_rounds", "50"]
@@ -20,7 +20,7 @@ LONG = ["--dataset", "digits", "--num_rounds", "50"]
 # Stands in for job.py: forks a child that has a child in another session, tells who they are, and waits.
 PARENT = """
 import os, pathlib, subprocess, sys
-from federation.watchdog import guard
+from federation.launch.watchdog import guard
 with guard(pathlib.Path(sys.argv[1])) as started:
     child = os.fork()
     if not child:

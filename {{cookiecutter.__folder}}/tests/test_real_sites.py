@@ -277,7 +277,9 @@ class TestInTheMiddleOfARound:
         self, finished, federation, images, tmp_path
     ):
         project = Project(tmp_path / "project")
-        project.replace("federation/watch.py", "SILENCE_S = 60.0", "SILENCE_S = 8.0")  # so that the test is short
+        project.replace(
+            "federation/server/heartbeat.py", "SILENCE_S = 60.0", "SILENCE_S = 8.0"
+        )  # a short test
         process = self.submit(federation, project)
         federation.kill("south")
         federation.start("south", FL_DATA_ROOT=str(images["south"]))

@@ -15,7 +15,10 @@ from nvflare.apis.dxo import DXO, DataKind
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from federation import plots, receipt, report, schema, timing
+from federation.report import page as report
+from federation.report import plots
+from federation.run import schema, timing
+from federation.server import audit as receipt
 from model import LitNet, LitResNet
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -280,7 +283,7 @@ class TestRealSites:
 class TestTheMatrix:
     def test_counts_what_the_model_takes_for_what(self, digits, options):
         from data import pooled
-        from federation.confusion import confusion
+        from federation.report.confusion import confusion
 
         result = schema.read(digits)
         matrices = confusion(digits, result, CLASSES)

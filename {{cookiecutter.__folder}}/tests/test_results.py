@@ -9,7 +9,7 @@ import torch
 
 import results
 from conftest import PROJECT
-from federation import schema
+from federation.run import schema
 
 OLDER = PROJECT / "tests" / "results_version_0.json"  # as the program wrote it before its files had a version
 COUNTS = {f"site-{i}": {"cat": 10 * i, "dog": 5} for i in (1, 2, 3)}
@@ -187,7 +187,7 @@ def test_html_says_which_file_it_wrote(runs, program):
 
 
 def test_a_fingerprint_tells_models_apart_by_every_bit():
-    from federation.outcome import fingerprint
+    from federation.run.outcome import fingerprint
 
     model = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
     same = {"b": torch.tensor(3), "a": torch.arange(6.0).reshape(2, 3)}

@@ -24,9 +24,10 @@ from nvflare.fuel.hci.shell_cmd_val import TailValidator
 from nvflare.private.fed.server.job_cmds import JobCommandModule
 from nvflare.private.fed.utils.fed_utils import execute_command_directly
 
-from federation import server, watch
-from federation.sites import submit
-from federation.watch import BACK, LATE
+from federation.launch import session as server
+from federation.launch.prod import submit
+from federation.server import heartbeat as watch
+from federation.server.heartbeat import BACK, LATE
 
 PROD = ["--env", "prod", "--dataset", "digits"]
 BAD_FLAGS = {

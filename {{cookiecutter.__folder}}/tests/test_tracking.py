@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 from conftest import Project
 from data import SiteDataModule
-from federation import telemetry, tracking
-from federation.command_line import TRACKERS, UsageError, parse, validate
+from federation.launch import tracking
+from federation.launch.options import TRACKERS, UsageError, parse, validate
+from federation.site import progress as telemetry
 from model import LitNet
 
 RESULT = {

@@ -11,7 +11,7 @@ from typing import Any
 from nvflare.fuel.flare_api import api_spec
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
-from federation.workspace import RunFailed
+from federation.run.workspace import RunFailed
 
 LOGIN_S = 5.0  # for one attempt to reach the server
 POLL_S = 1.0

@@ -12,10 +12,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from federation import plots, schema, timing
-from federation.confusion import NoConfusion, confusion
-from federation.figures import as_text
 from federation.files import read_json_lines
+from federation.report import plots
+from federation.report.confusion import NoConfusion, confusion
+from federation.run import schema, timing
+from federation.run.metrics import as_text
 
 METRICS = ("accuracy", "loss")
 PARTS = ("train", "val", "test")  # of a site's images in partition.json

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from federation import timing
+from federation.run import timing
 
 MAX_LINES = 20  # sites with a colour and a name of their own in a plot; more are drawn alike
 MAX_NUMBERED = 16  # rows and columns of a heat map up to which each cell has its number

@@ -16,8 +16,9 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.model_controller import ModelController
 
-from federation.aggregator import SITES, mean_metrics
-from federation.answers import (
+from federation.files import append_json, read_json_lines, save_tensors, write_json
+from federation.server.aggregation import SITES, mean_metrics
+from federation.server.answers import (
     FINAL,
     REJECTED,
     VAL_IMAGES,
@@ -25,7 +26,6 @@ from federation.answers import (
     require_majority,
     run_folder,
 )
-from federation.files import append_json, read_json_lines, save_tensors, write_json
 
 METRIC = "val_acc"
 BEST, ROUNDS, REPORT = "best.pt", "rounds.jsonl", "evaluation.json"  # in the server's run folder

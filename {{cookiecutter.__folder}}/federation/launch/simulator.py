@@ -14,11 +14,11 @@ import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
-from federation.command_line import PROJECT
-from federation.evaluation import REPORT
-from federation.watchdog import SIGNALS, guard
-from federation.workers import forked_clients
-from federation.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
+from federation.launch.fork_server import forked_clients
+from federation.launch.options import PROJECT
+from federation.launch.watchdog import SIGNALS, guard
+from federation.run.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
+from federation.server.evaluation import REPORT
 
 FORKS = sys.platform == "linux"  # elsewhere a fork is not safe, nor is one that goes on to use CUDA
 FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes for one client process: 0.2 and 1.1 GB were seen, with LitNet
@@ -105,8 +105,8 @@ def _run_simulator(
     # Without the project's folder and modules, server and clients see the job's files alone, as real sites do.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != PROJECT]
     for name, module in list(sys.modules.items()):
-        own = Path(getattr(module, "__file__", None) or "/").parent in (PROJECT, PROJECT / "federation")
-        if own or name == "federation":
+        own = Path(getattr(module, "__file__", None) or "/").parent == PROJECT
+        if own or name.split(".")[0] == "federation":
             del sys.modules[name]
     simulator = SimulatorRunner(
         job_folder=job,

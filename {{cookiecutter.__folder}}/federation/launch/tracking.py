@@ -1,7 +1,7 @@
 """Experiment tracking: TensorBoard, MLflow or Weights & Biases, by NVFlare's receivers on the server.
 
-The sites send what federation/telemetry.py says. The global model's curves are added here, at the end of a run: they
-are means over the sites, which no site knows.
+The sites send what federation/site/progress.py says. The global model's curves are added here, at the end of a run:
+they are means over the sites, which no site knows.
 """
 
 import logging
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from federation.command_line import PROJECT
+from federation.launch.options import PROJECT
 
 TENSORBOARD = "tensorboard"  # folder of event files within the run's
 MLFLOW_STORE = f"sqlite:///{PROJECT}/runs/mlflow.db"  # one for all runs

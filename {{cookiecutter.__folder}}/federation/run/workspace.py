@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from federation.evaluation import ROUNDS
 from federation.files import read_json_lines
+from federation.server.evaluation import ROUNDS
 
 SERVER = Path("server", "simulate_job")  # the server's own results, within the workspace
 # Called a few times a second: with what the log has got since, and the records of all rounds so far.
@@ -18,7 +18,7 @@ class RunFailed(Exception):
 
 
 def read_rounds(workspace: Path) -> list[dict[str, Any]]:
-    """The records of the rounds so far, as federation/evaluation.py describes them."""
+    """The records of the rounds so far, as federation/server/evaluation.py describes them."""
     return read_json_lines(workspace / SERVER / ROUNDS)
 
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from federation import fetch
-from federation.fetch import DataError
+from federation.site.fetch import DataError, fetch, new_deadline
 
 if TYPE_CHECKING:  # public data sets do without Pillow
     from PIL.ImageFile import ImageFile
@@ -277,9 +276,9 @@ def _write_classes(store: Path, classes: list[str]) -> None:
 
 
 def _convert_public(dataset: str, root: Path | None, image_size: int, store: Path) -> None:
-    source, folder, deadline = SOURCES[dataset], root or cache_folder(), fetch.new_deadline()
+    source, folder, deadline = SOURCES[dataset], root or cache_folder(), new_deadline()
     for name, md5 in source.files:
-        fetch.fetch(dataset, name, md5, source.mirrors, folder, root, deadline)
+        fetch(dataset, name, md5, source.mirrors, folder, root, deadline)
     raw = source.read(folder, store)
     for split, (images, labels) in (("train", raw.train), ("test", raw.test)):
         _write(store, split, _square(images, image_size), labels)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import settings
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 NO_MODELS = {*sys.stdlib_module_names, "torch", "torchmetrics", "torchvision", "pytorch_lightning", "lightning"}
 UNFIT = r"[\s'\"\\#]"  # in a project's path: NVFlare's simulator or POC fails, long after its start
 MAX_NAME = 100  # letters of a run's name: files that are named after it have more of them
@@ -198,7 +198,7 @@ def check_model(name: str) -> None:
     Raises:
         UsageError: it cannot be imported, or the class derives from something else.
     """
-    import federation.quick_start  # noqa: F401 (before Lightning)
+    import federation.site.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
     from pytorch_lightning import LightningModule

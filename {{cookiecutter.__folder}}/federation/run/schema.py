@@ -26,7 +26,7 @@ sites that these means do not cover |
 | `model` | the file of the final model |
 | `best` | the model of the highest validation accuracy, the final one included: after which `round`, its file \
 `model`, its `test` |
-| `sha256` | of its tensors: `federation.outcome.fingerprint` |
+| `sha256` | of its tensors: `federation.run.outcome.fingerprint` |
 | `lost` | sites that the job was sent to and that did not evaluate the final model |
 | `rejected` | answers that the server left out: `round` (from 0; null: of an evaluation), `site`, `task`, `reason` |
 | `images` | site -> its numbers of `train` and `val` images, as it announced them: its weights in the means |
@@ -44,7 +44,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from federation.command_line import OWN_FLAGS, STAGE
+from federation.launch.options import OWN_FLAGS, STAGE
 
 VERSION = 1
 DOMINANT = 0.9  # share of all training images with which a site's say is no longer one among others
@@ -66,7 +66,7 @@ def compose(
 
     Args:
         options: the command line's.
-        brought: what federation.outcome.bring_home has gathered, without its `counts`.
+        brought: what federation.run.outcome.bring_home has gathered, without its `counts`.
         device: `cpu`, or the GPU's name.
         threads: of PyTorch, for each site; None: not known here.
         wall_s: seconds from the command to now.

@@ -48,7 +48,7 @@ def confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str
 
 
 def _site(run: Path, result: dict[str, Any], classes: list[str], site: str, n_images: int) -> np.ndarray:
-    import federation.quick_start  # noqa: F401 (before Lightning)
+    import federation.site.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
     import torch

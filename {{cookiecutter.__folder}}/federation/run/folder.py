@@ -5,7 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
-from federation.command_line import UsageError
+from federation.launch.options import UsageError
 
 RUNS = Path("runs")
 LATEST = "latest"  # link to the newest run that has a result

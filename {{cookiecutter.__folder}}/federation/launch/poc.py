@@ -18,12 +18,12 @@ import torch
 import yaml
 from nvflare.tool.poc.poc_commands import get_prod_dir, prepare_poc_provision
 
-from federation.command_line import PROJECT
-from federation.server import COMPLETED, Server, log_to
-from federation.simulator import threads_per_client
-from federation.sites import SiteNews, address
-from federation.watchdog import POC_FOLDER, guard
-from federation.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
+from federation.launch.options import PROJECT
+from federation.launch.prod import SiteNews, address
+from federation.launch.session import COMPLETED, Server, log_to
+from federation.launch.simulator import threads_per_client
+from federation.launch.watchdog import POC_FOLDER, guard
+from federation.run.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
 
 PROVISION = PROJECT / "deploy" / "project.yml"
 POC_SERVER = "localhost"  # NVFlare's server listens where its name leads to: to this machine, and to nobody else

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from federation import timing
-from federation.answers import FAILURE, FINAL, HOLDS, REJECTED
-from federation.evaluation import BEST, REPORT
-from federation.figures import weighted_mean
 from federation.files import read_json_lines
-from federation.workspace import SERVER, RunFailed, read_rounds, root_cause
+from federation.run import timing
+from federation.run.metrics import weighted_mean
+from federation.run.workspace import SERVER, RunFailed, read_rounds, root_cause
+from federation.server.answers import FAILURE, FINAL, HOLDS, REJECTED
+from federation.server.evaluation import BEST, REPORT
 
 LAST = "last.pt"  # in the folder of a run that failed
 
@@ -33,7 +33,7 @@ def bring_home(
 
     Returns:
         `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images` and `timing`, as
-        federation/schema.py documents them, and `counts`: site -> class -> number of images, where real sites have
+        federation/run/schema.py documents them, and `counts`: site -> class -> number of images, where real sites have
         told, else empty.
 
     Raises:

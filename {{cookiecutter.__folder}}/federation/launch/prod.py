@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from federation.evaluation import REPORT
-from federation.server import COMPLETED, Server, log_to
-from federation.watch import BACK, LATE
-from federation.workspace import SERVER, Follow, RunFailed
+from federation.launch.session import COMPLETED, Server, log_to
+from federation.run.workspace import SERVER, Follow, RunFailed
+from federation.server.evaluation import REPORT
+from federation.server.heartbeat import BACK, LATE
 
 WITHOUT = "the job goes on without it, while more than half of the sites are left"
 NEWS = re.compile(

@@ -13,12 +13,12 @@ from nvflare.recipe.spec import Recipe
 
 import model as models
 from data import Holdings
-from federation.aggregator import OrderedMean, OrderedScaffold
-from federation.answers import AnswerCheck
-from federation.evaluation import METRIC, FinalEvaluation
-from federation.fedopt import StartFromCheckpoint
-from federation.receipt import Receipt
-from federation.watch import PATIENCE, Watch
+from federation.server.aggregation import OrderedMean, OrderedScaffold
+from federation.server.answers import AnswerCheck
+from federation.server.audit import Receipt
+from federation.server.evaluation import METRIC, FinalEvaluation
+from federation.server.fedopt import StartFromCheckpoint
+from federation.server.heartbeat import PATIENCE, Watch
 
 CLIENT_OPTIONS = (
     "model_class",

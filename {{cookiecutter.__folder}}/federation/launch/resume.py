@@ -9,7 +9,7 @@ import torch
 
 import model as models
 from data import Holdings
-from federation.command_line import UsageError
+from federation.launch.options import UsageError
 
 RESTARTS = {  # what a resumed run begins without
     "fedavg": "the sites' optimizers start afresh in every round anyway",
