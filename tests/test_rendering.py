@@ -27,8 +27,8 @@ FILES = """
     deploy/compose.yml
     deploy/healthy.py
     deploy/project.yml
+    federation/errors.py
     federation/exchange.py
-    federation/files.py
     federation/launch/display.py
     federation/launch/fork_server.py
     federation/launch/options.py
@@ -40,6 +40,7 @@ FILES = """
     federation/launch/simulator.py
     federation/launch/tracking.py
     federation/launch/watchdog.py
+    federation/protocol.py
     federation/report/confusion.py
     federation/report/page.html.j2
     federation/report/page.py

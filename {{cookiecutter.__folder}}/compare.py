@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import results
-from federation.files import write_json
-from federation.launch.options import Parser, UsageError, model_names
+from federation.errors import UserError, exit_code
+from federation.launch.options import Parser, model_names
+from federation.protocol import write_json
 from federation.run import schema
 from federation.run.metrics import as_text, weighted_mean
 
@@ -38,46 +39,35 @@ COLOURS = ("#0072b2", "#009e73", "#d55e00", "#e69f00")  # Okabe & Ito: the colou
 console = Console()
 
 
-def main() -> int:
+def main() -> None:
     parser = Parser(prog="compare.py", description="What a run would have been without the federation.")
     add = parser.add_argument
     add("run", nargs="?", default="latest", help="a finished run: the name of a folder under runs/ [the newest]")
     add("--data_root", default=os.environ.get("FL_DATA_ROOT"), help="that of the run [FL_DATA_ROOT, or the cache]")
-    try:
-        arguments = parser.parse_args()
-        folder, result = find_run(arguments.run)
-        if result["env"] == "prod":
-            raise UsageError(f"the images of runs/{folder.name} are at its sites: compare a simulated run")
-        if root := arguments.data_root or result["data_root"]:
-            os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(root))
-        comparison = compare(folder, result)
-    except UsageError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("compare.py: stopped; nothing is written", file=sys.stderr)
-        return 130
+    arguments = parser.parse_args()
+    folder, result = find_run(arguments.run)
+    if result["env"] == "prod":
+        raise UserError(f"the images of runs/{folder.name} are at its sites: compare a simulated run")
+    if root := arguments.data_root or result["data_root"]:
+        os.environ["FL_DATA_ROOT"] = os.path.abspath(os.path.expanduser(root))
+    comparison = compare(folder, result)
     write_json(folder / "compare.json", comparison, indent=2)
     plot(comparison, folder / "compare.png")
     show(comparison)
     print(f"runs/{folder.name}/compare.json has all figures, runs/{folder.name}/compare.png the plot")
-    return 0
 
 
 def find_run(name: str) -> tuple[Path, dict[str, Any]]:
     """A finished run's folder and what its results.json says.
 
     Raises:
-        UsageError: there is no such run, or it has no result.
+        UserError: there is no such run, or it has no result.
     """
     name = Path(name).name  # runs/NAME, as a shell completes it, means NAME
     folder = (results.RUNS / name).resolve()
     if not folder.is_dir():
-        raise UsageError(f"there is no runs/{name}: finish a run with python job.py, or name one that is there")
-    try:
-        return folder, schema.read(folder)
-    except schema.ResultError as error:
-        raise UsageError(str(error)) from None
+        raise UserError(f"there is no runs/{name}: finish a run with python job.py, or name one that is there")
+    return folder, schema.read(folder)
 
 
 def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +81,7 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         What compare.json holds; README.md documents it.
 
     Raises:
-        UsageError: the run's images or its model are not there any more, or not as they were.
+        UserError: the run's images or its model are not there any more, or not as they were.
     """
     options = argparse.Namespace(
         **{name: result[name] for name in ("dataset", *schema.CONFIGURATION)},
@@ -104,7 +94,7 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     stages = result["stages"] or [{**result, "rounds": result["rounds"][-1]["round"]}]
     for name in ("batch_size", "learning_rate"):
         if len(values := {stage[name] for stage in stages}) > 1:
-            raise UsageError(
+            raise UserError(
                 f"runs/{folder.name} was resumed with another --{name} ({', '.join(map(str, sorted(values)))}): "
                 "compare a run that had one"
             )
@@ -113,16 +103,13 @@ def compare(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     # isort: split
     import data
 
-    try:
-        data.prepare(options)
-        holdings = data.describe(options)
-    except data.DataError as error:
-        raise UsageError(str(error)) from None
+    data.prepare(options)
+    holdings = data.describe(options)
     kept = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
     if kept != json.loads(json.dumps(dataclasses.asdict(holdings))):
-        raise UsageError(f"the images are not those of runs/{folder.name}: bring them back, or give their --data_root")
+        raise UserError(f"the images are not those of runs/{folder.name}: bring them back, or give their --data_root")
     if options.model_class not in model_names():
-        raise UsageError(f"runs/{folder.name} trained {options.model_class}, which model.py does not have any more")
+        raise UserError(f"runs/{folder.name} trained {options.model_class}, which model.py does not have any more")
 
     pooled = data.pooled(holdings.classes, options)
     sites = {site: data.SiteDataModule(site, holdings.classes, options) for site in holdings.sites}
@@ -248,4 +235,4 @@ def plot(comparison: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("compare.py", main))

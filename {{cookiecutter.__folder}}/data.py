@@ -11,7 +11,7 @@ To train on other data, replace this file. The programs rely on what follows; `o
   the site lets the server know of its classes, nothing by default;
 - `pooled(classes, options)`: the same over all sites' data, as if it could be brought together.
 
-Data that cannot be used raises `DataError`, one line for the user.
+Data that cannot be used raises `UserError`, one line for the user.
 """
 
 import argparse
@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 
+from federation.errors import UserError
 from federation.site.catalog import SOURCES, Split, check_classes, open_split
 from federation.site.catalog import prepare as prepare_store
-from federation.site.fetch import DataError
 from federation.site.partition import deal, deal_like, hold_out, site_names
 
-__all__ = ["DataError", "Holdings", "SiteDataModule", "describe", "known_classes", "pooled", "prepare"]
+__all__ = ["Holdings", "SiteDataModule", "describe", "known_classes", "pooled", "prepare"]
 
 VALIDATION_SHARE = 0.2  # of each site's images; fixed for the whole run
 EVALUATION_BATCH = 500  # images; nothing is kept for gradients, so it can be larger than a training batch
@@ -184,13 +184,13 @@ def prepare(options: argparse.Namespace) -> None:
     """Fetch and convert the images of every site that this machine stands for.
 
     Raises:
-        DataError: they cannot be had.
+        UserError: they cannot be had.
     """
     names, root = site_names(options.n_clients), os.environ.get(ROOT_VARIABLE, "")
     if options.dataset == "image_folder" and "{site}" in root:
         there = [os.path.isdir(root.replace("{site}", site)) for site in names]
         if 0 < (n_there := sum(there)) < len(names) and all(there[:n_there]):
-            raise DataError(
+            raise UserError(
                 f"{root.replace('{site}', names[n_there])} is not there, but the folders of the sites before it are: "
                 f"use --n_clients {n_there}, or add it"
             )
@@ -202,7 +202,7 @@ def describe(options: argparse.Namespace) -> Holdings:
     """Deal the images to the sites, as each site will do for itself.
 
     Raises:
-        DataError: they cannot be dealt like this, they have fewer than two classes or two that look alike, or `prepare`
+        UserError: they cannot be dealt like this, they have fewer than two classes or two that look alike, or `prepare`
             was not called and cannot do its work.
     """
     names = site_names(options.n_clients)
@@ -212,7 +212,7 @@ def describe(options: argparse.Namespace) -> Holdings:
     classes = lists[0] if all(own == lists[0] for own in lists) else sorted(set().union(*lists))
     if len(classes) < 2:
         root = os.environ.get(ROOT_VARIABLE)
-        raise DataError(
+        raise UserError(
             f"all images are of one class, {classes[0]!r}, and there is nothing to tell apart: "
             f"expected two or more folders {root}/train/<class>"
         )
@@ -229,17 +229,17 @@ def known_classes(options: argparse.Namespace) -> list[str]:
     """The classes of real sites, without an image: those in the file `options.classes`, else a public data set's own.
 
     Raises:
-        DataError: the file names fewer than two, one twice, or one that cannot be the name of a class.
+        UserError: the file names fewer than two, one twice, or one that cannot be the name of a class.
     """
     if not options.classes:
         return list(SOURCES[options.dataset].classes)
     try:
         lines = Path(options.classes).read_text(encoding="utf-8-sig").split("\n")  # some editors begin with a mark
     except UnicodeDecodeError:
-        raise DataError(f"{options.classes} is not UTF-8 text: save it as such, one class per line") from None
+        raise UserError(f"{options.classes} is not UTF-8 text: save it as such, one class per line") from None
     classes = [line.strip() for line in lines if line.strip()]
     if len(classes) < 2 or len(set(classes)) < len(classes):
-        raise DataError(f"{options.classes} must name at least two classes, one per line, and none twice")
+        raise UserError(f"{options.classes} must name at least two classes, one per line, and none twice")
     check_classes({options.classes: classes})
     return classes
 
@@ -272,18 +272,18 @@ def _site_parts(site: str, classes: list[str], options: argparse.Namespace) -> d
     else:
         names = site_names(options.n_clients)
         if site not in names:
-            raise DataError(f"{site} is none of {names[0]} to {names[-1]}: real sites need --partition none")
+            raise UserError(f"{site} is none of {names[0]} to {names[-1]}: real sites need --partition none")
         try:
             all_dealt, all_tested = _deal(
                 store, options.n_clients, options.partition, options.seed, options.alpha, options.shards_per_site
             )
         except ValueError as error:
-            raise DataError(str(error)) from None
+            raise UserError(str(error)) from None
         dealt, tested = all_dealt[names.index(site)], all_tested[names.index(site)]
     try:
         kept, held_out = hold_out(dealt, VALIDATION_SHARE, options.seed)
     except ValueError as error:
-        raise DataError(f"the training images of {site}: {error}") from None
+        raise UserError(f"the training images of {site}: {error}") from None
     train_labels, test_labels = (_labels_among(classes, split, site) for split in (train, test))
     return {
         "train": Part(train.images, train_labels, kept),
@@ -307,7 +307,7 @@ def _labels_among(classes: list[str], split: Split, site: str) -> np.ndarray:
     """A site's labels as places in the federation's list of classes: its own list may lack some of them."""
     unknown = [name for name in split.classes if name not in classes]
     if unknown:
-        raise DataError(f"{site} has a class {unknown[0]!r} that the federation does not know: {', '.join(classes)}")
+        raise UserError(f"{site} has a class {unknown[0]!r} that the federation does not know: {', '.join(classes)}")
     return np.array([classes.index(name) for name in split.classes])[split.labels]
 
 

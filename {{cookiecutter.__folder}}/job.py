@@ -7,14 +7,15 @@ import argparse
 import dataclasses
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from federation.launch.options import ALGORITHMS, PROJECT, UsageError, check_model, parse, validate
+from federation.errors import RunError, UserError, exit_code
+from federation.launch.options import ALGORITHMS, PROJECT, check_model, parse, validate
+from federation.protocol import write_json
 from federation.run.folder import new_run, point_latest_to
 
 if TYPE_CHECKING:  # Lightning takes seconds
@@ -23,43 +24,25 @@ if TYPE_CHECKING:  # Lightning takes seconds
 START = time.monotonic()
 
 
-class FederationError(Exception):
-    """The federation did not end well: the root cause first, then where the log is; exit code 1."""
-
-
 def main() -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # `kill` cleans up as Ctrl-C does; a background job as well
-        signal.signal(number, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed; nohup ignores that
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
-    try:
-        options = parse()
-        validate(options)
-        os.chdir(PROJECT)
-        check_model(options.model_class)
-        if options.check:
-            return check(options)
-        holdings = get_data(options)
-        if options.resume:
-            from federation.launch import resume
+    options = parse()
+    validate(options)
+    os.chdir(PROJECT)
+    check_model(options.model_class)
+    if options.check:
+        return check(options)
+    holdings = get_data(options)
+    if options.resume:
+        from federation.launch import resume
 
-            resume.check(options, holdings)
-        if options.export:
-            export(options, holdings)
-        elif options.prepare_only:
-            print(f"{options.dataset} is ready")
-        else:
-            federate(options, holdings, new_run(options.name, options.overwrite))
-        return 0
-    except UsageError as error:
-        print(f"job.py: {error}", file=sys.stderr)
-        return 2
-    except FederationError as error:
-        print(f"job.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\njob.py: stopped; no process is left", file=sys.stderr)
-        return 130
+        resume.check(options, holdings)
+    if options.export:
+        export(options, holdings)
+    elif options.prepare_only:
+        print(f"{options.dataset} is ready")
+    else:
+        federate(options, holdings, new_run(options.name, options.overwrite))
+    return 0
 
 
 def get_data(options: argparse.Namespace) -> "Holdings":
@@ -69,28 +52,23 @@ def get_data(options: argparse.Namespace) -> "Holdings":
     # isort: split
     import data
 
-    try:
-        if options.env == "prod":  # the images are at the sites
-            return data.Holdings(data.known_classes(options), {}, {})
-        data.prepare(options)
-        return data.describe(options)
-    except data.DataError as error:
-        raise UsageError(str(error)) from None
+    if options.env == "prod":  # the images are at the sites
+        return data.Holdings(data.known_classes(options), {}, {})
+    data.prepare(options)
+    return data.describe(options)
 
 
 def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) -> dict[str, Any]:
     """Run the federation and return its result, which is in `results.json` too.
 
     Raises:
-        FederationError: a site failed.
+        RunError: a site failed.
     """
     import torch
 
     import results
-    from federation.files import write_json
     from federation.launch import display, resume, simulator, tracking
     from federation.run import outcome, schema
-    from federation.run.workspace import RunFailed
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
     has_gpu = torch.cuda.is_available()
@@ -125,8 +103,8 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
             run_job(job, folder, options, follow)
         names = options.sites or list(holdings.sites)
         brought = outcome.bring_home(folder, options.num_rounds, names, options.patience, options.env != "sim")
-    except RunFailed as error:
-        raise FederationError(outcome.failure(folder, error)) from None
+    except RunError as error:
+        raise RunError(outcome.failure(folder, error)) from None
     finally:
         tracking.gather(options.tracking, folder)
     shared = brought.pop("counts")  # real sites: each decides whether it tells
@@ -140,7 +118,7 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
         if shared:
             write_json(folder / "partition.json", dataclasses.asdict(dataclasses.replace(holdings, counts=shared)))
     except OSError as error:
-        raise FederationError(f"cannot write the results into {folder}: {error.strerror}") from None
+        raise RunError(f"cannot write the results into {folder}: {error.strerror}") from None
     point_latest_to(folder)
     tracking.add_global_curves(options.tracking, folder, result)
     if shared:
@@ -174,7 +152,7 @@ def export(options: argparse.Namespace, holdings: "Holdings") -> None:
         try:
             shutil.copytree(job, options.export)
         except OSError as error:
-            raise UsageError(f"--export: {options.export} cannot be written: {error}") from None
+            raise UserError(f"--export: {options.export} cannot be written: {error}") from None
     print(f"{options.export} is the job: submit it with  nvflare job submit -j {options.export} --startup-kit KIT")
 
 
@@ -186,7 +164,7 @@ def check(options: argparse.Namespace) -> int:
     try:
         try:
             holdings = get_data(options)
-        except UsageError as error:
+        except UserError as error:
             print(f"{error}\nChecking with digits instead.")
             options.dataset, options.partition = "digits", "iid"
             os.environ.pop("FL_DATA_ROOT", None)
@@ -196,8 +174,8 @@ def check(options: argparse.Namespace) -> int:
         from federation.run.check import find_fault
 
         if fault := find_fault(folder, result, list(holdings.sites), len(holdings.classes)):
-            raise FederationError(f"{fault}\nThe whole log: {folder}/log.txt")
-    except (UsageError, FederationError, OSError) as error:
+            raise RunError(f"{fault}\nThe whole log: {folder}/log.txt")
+    except (UserError, RunError, OSError) as error:
         print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
         return 1
     print(f"\nA check trains on {options.max_batches} batches per site: the accuracy above says nothing yet")
@@ -206,6 +184,6 @@ def check(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    code = exit_code("job.py", main)
     sys.stdout.flush()
     os._exit(code)  # to take PyTorch's modules apart one by one, as sys.exit does, lasts two seconds

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import settings
+from federation.errors import exit_code
 from federation.launch.options import run_folder
 from federation.run import schema
 from federation.run.metrics import as_text
@@ -123,33 +124,28 @@ def show_comparison(results: dict[str, dict[str, Any]]) -> None:
     print_table(table)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Show the result of a run, or several side by side.")
     parser.add_argument("run", nargs="*", default=["latest"], help="its name or folder [the newest]")
     page = "write a page instead: runs/RUN/report.html; of several runs, runs/comparison.html"
     parser.add_argument("--html", action="store_true", help=page)
     options = parser.parse_args()
     runs = list(dict.fromkeys(run_folder(name, RUNS) for name in options.run))
-    try:
-        results = {run.name: schema.read(run) for run in runs}
-        if options.html:
-            from federation.report import page as report  # its plots' library takes a second to import
+    results = {run.name: schema.read(run) for run in runs}
+    if options.html:
+        from federation.report import page as report  # its plots' library takes a second to import
 
-            if len(runs) == 1:
-                print(report.write(runs[0], settings.PROJECT_NAME))
-            else:
-                print(report.write_comparison(runs, compare(results), RUNS / "comparison.html", settings.PROJECT_NAME))
-        elif len(runs) == 1:
-            if counts := schema.read_json(runs[0] / "partition.json")["counts"]:  # real sites may keep them
-                show_holdings(counts)
-            show(results[runs[0].name])
+        if len(runs) == 1:
+            print(report.write(runs[0], settings.PROJECT_NAME))
         else:
-            show_comparison(results)
-    except schema.ResultError as error:
-        print(f"results.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+            print(report.write_comparison(runs, compare(results), RUNS / "comparison.html", settings.PROJECT_NAME))
+    elif len(runs) == 1:
+        if counts := schema.read_json(runs[0] / "partition.json")["counts"]:  # real sites may keep them
+            show_holdings(counts)
+        show(results[runs[0].name])
+    else:
+        show_comparison(results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("results.py", main))

@@ -9,7 +9,7 @@ from typing import Any
 
 import images
 import torch
-from images import DataError, Holdings, describe, pooled, prepare  # noqa: F401 (what the other programs use)
+from images import Holdings, describe, pooled, prepare  # noqa: F401 what the other programs use
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms

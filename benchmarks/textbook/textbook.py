@@ -3,6 +3,7 @@
 import sys
 
 import job
+from federation.errors import exit_code
 from federation.launch import recipes
 
 NVFLARE_TASK_INTERVAL_S = 2.0
@@ -13,4 +14,4 @@ if __name__ == "__main__":
             "federation/launch/recipes.py has no TASK_INTERVAL_S any more: benchmarks/textbook/textbook.py must follow"
         )
     recipes.TASK_INTERVAL_S = NVFLARE_TASK_INTERVAL_S
-    sys.exit(job.main())
+    sys.exit(exit_code("job.py", job.main))

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from federation.errors import UserError
 from federation.site import catalog
-from federation.site.fetch import DataError
 from mirrors import Mirror, StandIn, make_bloodmnist, make_cifar10, make_fashion_mnist, md5
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else what a background job starts ignores Ctrl-C
@@ -168,7 +168,7 @@ def names_in(folder: Path) -> list[str]:
 
 def data_error(function: Callable, *arguments) -> str:
     """The one line that the user is told where data cannot be used."""
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         function(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)

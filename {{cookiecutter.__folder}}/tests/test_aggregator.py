@@ -13,8 +13,9 @@ from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
+from federation.errors import RunError
 from federation.server.aggregation import SITES, OrderedMean, mean_metrics
-from federation.server.answers import AnswerCheck, RunEnded
+from federation.server.answers import AnswerCheck
 from federation.server.evaluation import FinalEvaluation
 
 IMAGES = {"site-1": 288, "site-2": 575, "site-10": 31, "site-3": 7, "site-4": 1}
@@ -196,5 +197,5 @@ def test_the_record_of_a_round_has_what_each_site_said(tmp_path):
 
 
 def test_an_evaluation_by_half_of_the_sites_ends_the_run(tmp_path):
-    with pytest.raises(RunEnded, match="final evaluation: 2 of 4 sites sent a usable answer"):
+    with pytest.raises(RunError, match="final evaluation: 2 of 4 sites sent a usable answer"):
         evaluate(tmp_path, [both(0.1)], both(0.2), n_sites=4)

@@ -19,6 +19,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_opt.pt.fedopt import PTFedOptModelShareableGenerator
 
 from conftest import PROJECT, Project
+from federation.errors import UserError
 from federation.launch import options as command_line
 from federation.launch import recipes
 from federation.server.aggregation import OrderedScaffold
@@ -112,7 +113,7 @@ def parsed(*flags):
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_in_one_line(runs, case):
     flags, message = REFUSED[case]
-    with pytest.raises(command_line.UsageError) as refusal:
+    with pytest.raises(UserError) as refusal:
         parsed("--dataset", "digits", *flags) if "--resume" not in flags else parsed(*flags)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -171,7 +172,7 @@ def test_a_run_whose_files_are_broken_does_not_go_on(runs, fault):
     (runs / "first" / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)))
     name, text, message = BROKEN[fault]
     (runs / "first" / name).write_text(text) if text else (runs / "first" / name).unlink()
-    with pytest.raises(command_line.UsageError) as refusal:
+    with pytest.raises(UserError) as refusal:
         resume.check(parsed("--resume", "first"), holdings)
     assert str(refusal.value).startswith("--resume first: ") and message in str(refusal.value)
     assert "\n" not in str(refusal.value)

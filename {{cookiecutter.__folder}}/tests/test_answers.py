@@ -16,8 +16,9 @@ from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
+from federation.errors import RunError
 from federation.server.aggregation import OrderedMean, OrderedScaffold
-from federation.server.answers import AnswerCheck, RunEnded
+from federation.server.answers import AnswerCheck
 
 WEIGHTS = {"w": np.ones((2, 3), dtype=np.float32), "n": np.array(3)}
 CONTROLS = {"w": np.zeros((2, 3), dtype=np.float32)}
@@ -239,7 +240,7 @@ def test_a_round_needs_usable_answers_of_more_than_half_of_the_sites(server, tmp
     if is_enough and algorithm == "fedavg":
         np.testing.assert_array_equal(aggregate().params["w"], WEIGHTS["w"])
     elif not is_enough:
-        with pytest.raises(RunEnded):
+        with pytest.raises(RunError):
             aggregate()
         reason = json.loads((tmp_path / "failure.json").read_text())["reason"]
         assert reason.startswith(f"round 1: {n_left} of 4 sites sent a usable answer, and more than half must (site-")

@@ -12,6 +12,7 @@ import pytest
 import compare
 import data
 import results
+from federation.errors import exit_code
 from federation.run import schema
 
 ACCURACY = 0.5  # of the global model, as these tests have it
@@ -54,7 +55,7 @@ def program(monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-        return compare.main(), *capsys.readouterr()
+        return exit_code("compare.py", compare.main), *capsys.readouterr()
 
     return call
 
@@ -176,7 +177,7 @@ def test_ctrl_c_in_training_leaves_nothing(run, program, monkeypatch):
         code, _, err = program("first")
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
-    assert (code, err) == (130, "compare.py: stopped; nothing is written\n")
+    assert (code, err) == (130, "\ncompare.py: stopped; no process is left\n")
     assert not list(folder.glob("compare.*"))
 
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from federation.files import append_json, read_json_lines, save_tensors, write_json
+from federation.protocol import append_json, read_json_lines, save_tensors, write_json
 
 
 def test_a_number_that_json_does_not_know_becomes_null(tmp_path):

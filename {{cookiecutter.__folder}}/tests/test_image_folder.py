@@ -16,9 +16,9 @@ from PIL import Image
 
 import data
 from conftest import PROJECT, data_error, names_in
+from federation.errors import UserError
 from federation.site import catalog
 from federation.site.catalog import open_split, prepare
-from federation.site.fetch import DataError
 
 
 def save(path: Path, colour=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:
@@ -688,7 +688,7 @@ def test_a_class_that_one_site_lacks_does_not_shift_its_other_labels(each_its_ow
 
 def test_a_class_that_the_federation_does_not_know_is_named(each_its_own):
     run = each_its_own(site_1=["cat", "dog"], site_2=["cat", "unicorn"])
-    with pytest.raises(DataError, match="site-2 has a class 'unicorn'.*: cat, dog"):
+    with pytest.raises(UserError, match="site-2 has a class 'unicorn'.*: cat, dog"):
         data.SiteDataModule("site-2", ["cat", "dog"], run).setup()
 
 
@@ -703,7 +703,7 @@ def test_the_images_of_all_sites_are_pooled(each_its_own):
 def test_a_site_whose_folder_is_missing_is_named(each_its_own):
     run = each_its_own(site_1=["cat"], site_3=["cat"])
     run.n_clients = 3
-    with pytest.raises(DataError, match="site-2.* cannot be read"):
+    with pytest.raises(UserError, match="site-2.* cannot be read"):
         data.prepare(run)
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from conftest import names_in
+from federation.errors import UserError
 from federation.launch import options as command_line
 from federation.run import folder as runs
 from federation.site import catalog, partition
@@ -81,7 +82,7 @@ def test_a_name_that_exists_is_refused(project):
 def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     (runs.new_run("first") / "old.txt").touch()
-    with pytest.raises(command_line.UsageError, match="--overwrite"):
+    with pytest.raises(UserError, match="--overwrite"):
         runs.new_run("first")
     assert list(runs.new_run("first", overwrite=True).iterdir()) == []
 
@@ -144,7 +145,7 @@ def test_a_full_disk_at_the_end_is_told_in_one_line(recorded, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     folder = runs.new_run("first")
-    with pytest.raises(program.FederationError) as failure:
+    with pytest.raises(program.RunError) as failure:
         program.federate(options, holdings, folder)
     assert str(failure.value) == f"cannot write the results into {folder}: No space left on device"
     assert sorted(path.name for path in folder.iterdir()) == ["partition.json"]
@@ -286,15 +287,16 @@ def test_a_model_file_that_is_not_python_is_refused(project):
 
 UNREACHED = """
 import sys
+from federation.errors import RunError, exit_code
 from federation.launch import prod as sites
-from federation.run.workspace import RunFailed
+
 
 def no_server(*_):
-    raise RunFailed("there is no server")
+    raise RunError("there is no server")
 
 sites.Server = no_server
 import job
-sys.exit(job.main())
+sys.exit(exit_code("job.py", job.main))
 """
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from federation.errors import RunError
 from federation.run.outcome import bring_home, failure
-from federation.run.workspace import SERVER, RunFailed
+from federation.run.workspace import SERVER
 
 NAMES = ("val_acc", "val_loss", "val_images", "test_acc", "test_loss", "test_images")
 REPORTS = {
@@ -52,18 +53,18 @@ def test_sites_count_by_their_images(run):
 def test_a_site_that_took_no_part_is_named(run):
     assert bring_home(run, 1, list(REPORTS))["lost"] == []
     assert bring_home(run, 1, [*REPORTS, "site-3"], tolerant=True)["lost"] == ["site-3"]
-    with pytest.raises(RunFailed, match="site-3 did not evaluate the final model"):
+    with pytest.raises(RunError, match="site-3 did not evaluate the final model"):
         bring_home(run, 1, [*REPORTS, "site-3"])
 
 
 def test_rounds_that_are_missing_are_a_fault(run):
-    with pytest.raises(RunFailed, match="only 1 of 2 rounds were finished"):
+    with pytest.raises(RunError, match="only 1 of 2 rounds were finished"):
         bring_home(run, 2, list(REPORTS))
 
 
 def test_a_run_without_a_final_evaluation_is_a_fault(run):
     (run / "workspace" / SERVER / "evaluation.json").unlink()
-    with pytest.raises(RunFailed, match="no site evaluated the final model"):
+    with pytest.raises(RunError, match="no site evaluated the final model"):
         bring_home(run, 1, list(REPORTS))
 
 
@@ -111,14 +112,14 @@ def test_a_site_whose_last_answer_was_rejected_is_no_reason_to_fail(run):
 
 
 def test_a_run_that_the_server_ended_fails_with_the_servers_reason_and_keeps_the_last_model(run):
-    assert failure(run, RunFailed("the simulator ended with code 2")).startswith("the simulator ended with code 2\n")
+    assert failure(run, RunError("the simulator ended with code 2")).startswith("the simulator ended with code 2\n")
     server = run / "workspace" / SERVER
     (server / "failure.json").write_text(json.dumps({"reason": "the global model is not finite after round 2"}))
-    told = failure(run, RunFailed("the simulator ended with code 2")).splitlines()
+    told = failure(run, RunError("the simulator ended with code 2")).splitlines()
     assert told[0] == "the global model is not finite after round 2"
     assert torch.equal(torch.load(run / "last.pt", weights_only=True)["w"], torch.ones(2))
     (server / "final.pt").unlink()
-    assert "last.pt" not in failure(run, RunFailed("early"))
+    assert "last.pt" not in failure(run, RunError("early"))
 
 
 def test_patience_counts_the_rounds_since_the_best(run):
@@ -126,6 +127,6 @@ def test_patience_counts_the_rounds_since_the_best(run):
     write_rounds(
         run, [{"round": k, "metrics": {"val_acc": a}, "sites": {}, "rejected": []} for k, a in enumerate(accuracies)]
     )
-    with pytest.raises(RunFailed, match="only 4 of 9 rounds were finished"):
+    with pytest.raises(RunError, match="only 4 of 9 rounds were finished"):
         bring_home(run, 9, list(REPORTS), patience=3)
     assert bring_home(run, 9, list(REPORTS), patience=2)["stopped_early"]

@@ -189,7 +189,8 @@ def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
 os.register_at_fork(after_in_parent=interrupt)  # Python only prints what is raised there
 import job
-sys.exit(job.main())
+from federation.errors import exit_code
+sys.exit(exit_code("job.py", job.main))
 """
 
 

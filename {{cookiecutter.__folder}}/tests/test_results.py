@@ -9,6 +9,7 @@ import torch
 
 import results
 from conftest import PROJECT
+from federation.errors import exit_code
 from federation.run import schema
 
 OLDER = PROJECT / "tests" / "results_version_0.json"  # as the program wrote it before its files had a version
@@ -36,7 +37,7 @@ def program(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["results.py", *arguments])
-        code = results.main()
+        code = exit_code("results.py", results.main)
         return code, *capsys.readouterr()
 
     return run

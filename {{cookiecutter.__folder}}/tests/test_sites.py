@@ -26,8 +26,8 @@ from nvflare.private.fed.utils.fed_utils import execute_command_directly
 
 from federation.launch import session as server
 from federation.launch.prod import submit
+from federation.protocol import BACK, LATE
 from federation.server import heartbeat as watch
-from federation.server.heartbeat import BACK, LATE
 
 PROD = ["--env", "prod", "--dataset", "digits"]
 BAD_FLAGS = {

@@ -10,8 +10,9 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 
 from conftest import Project
 from data import SiteDataModule
+from federation.errors import UserError
 from federation.launch import tracking
-from federation.launch.options import TRACKERS, UsageError, parse, validate
+from federation.launch.options import TRACKERS, parse, validate
 from federation.site import progress as telemetry
 from model import LitNet
 
@@ -134,7 +135,7 @@ def test_without_a_tracker_nothing_is_written(tmp_path):
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch, tracker):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else real(name))
-    with pytest.raises(UsageError, match=f"^--tracking {tracker} needs a package: .* -m pip install {tracker}$"):
+    with pytest.raises(UserError, match=f"^--tracking {tracker} needs a package: .* -m pip install {tracker}$"):
         validate(parse(["--tracking", tracker]))
 
 
@@ -148,7 +149,8 @@ for tracker in parts:  # what is not installed is stood in for: only names are l
         for name in (tracker, *(f"{tracker}.{part}" for part in parts[tracker])):
             sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
 import job
-sys.exit(job.main())
+from federation.errors import exit_code
+sys.exit(exit_code("job.py", job.main))
 """
 ADDRESS = "https://ann:s3cret@mlflow.example"
 

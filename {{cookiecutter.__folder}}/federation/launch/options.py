@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import settings
+from federation.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
 NO_MODELS = {*sys.stdlib_module_names, "torch", "torchmetrics", "torchvision", "pytorch_lightning", "lightning"}
@@ -45,13 +46,9 @@ TAKEN = (  # of a run that goes on, unless said otherwise
 STAGE = ("local_epochs", "batch_size", "learning_rate")  # what a resumed run may do otherwise
 
 
-class UsageError(Exception):
-    """Something to put right before anything starts: one line for the user, exit code 2."""
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; python {self.prog} --help lists the flags")
+        raise UserError(f"{message}; python {self.prog} --help lists the flags")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -130,7 +127,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         for name in KEPT:
             if getattr(options, name) != made[name]:
                 wanted = f"--{name} is {getattr(options, name)}, but {made[name]} in runs/{options.resume}"
-                raise UsageError(f"{wanted}: a run goes on with the data, sites, seed and algorithm that it began with")
+                raise UserError(f"{wanted}: a run goes on with the data, sites, seed and algorithm that it began with")
     return options
 
 
@@ -144,16 +141,16 @@ def read_run(name: str) -> dict[str, Any]:
     """The results.json of a run to go on from, and its `folder`.
 
     Raises:
-        UsageError: there is none.
+        UserError: there is none.
     """
     folder = run_folder(name, PROJECT / "runs")
     try:
         made = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         missing = [key for key in ("rounds", "model", *KEPT) if key not in made]
     except (OSError, TypeError, ValueError):
-        raise UsageError(f"--resume {name}: {folder} has no results.json: only a finished run can go on") from None
+        raise UserError(f"--resume {name}: {folder} has no results.json: only a finished run can go on") from None
     if missing:
-        raise UsageError(f"--resume {name}: its results.json has no {missing[0]!r}: another version made it")
+        raise UserError(f"--resume {name}: its results.json has no {missing[0]!r}: another version made it")
     return {**made, "folder": folder}
 
 
@@ -169,12 +166,12 @@ def model_names() -> list[str]:
     A base class that comes from elsewhere can be anything: `check_model` decides once model.py is imported.
 
     Raises:
-        UsageError: model.py is not Python.
+        UserError: model.py is not Python.
     """
     try:
         code = ast.parse((PROJECT / "model.py").read_text(encoding="utf-8"))
     except SyntaxError as error:
-        raise UsageError(f"model.py, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"model.py, line {error.lineno}: {error.msg}") from None
     found = []
     others = set(dir(builtins))  # names that do not lead to a LightningModule
     for node in code.body:
@@ -196,7 +193,7 @@ def check_model(name: str) -> None:
     """Import model.py, which takes seconds, and see that it has this LightningModule.
 
     Raises:
-        UsageError: it cannot be imported, or the class derives from something else.
+        UserError: it cannot be imported, or the class derives from something else.
     """
     import federation.site.quick_start  # noqa: F401 (before Lightning)
 
@@ -207,64 +204,64 @@ def check_model(name: str) -> None:
         import model
     except Exception as error:  # whatever a user's file raises
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"model.py cannot be imported ({fault}): see where with  python -c 'import model'") from None
+        raise UserError(f"model.py cannot be imported ({fault}): see where with  python -c 'import model'") from None
     if not issubclass(getattr(model, name), LightningModule):
-        raise UsageError(f"--model is {name!r}: that class of model.py does not derive from LightningModule")
+        raise UserError(f"--model is {name!r}: that class of model.py does not derive from LightningModule")
 
 
 def validate(options: argparse.Namespace) -> None:
     """Refuse what cannot work, and resolve what depends on something else.
 
     Raises:
-        UsageError: the first fault found.
+        UserError: the first fault found.
     """
     for name, minimum in MINIMUM.items():
         if getattr(options, name) is not None and getattr(options, name) < minimum:
-            raise UsageError(f"--{name} is {getattr(options, name)}: it must be {minimum} or more")
+            raise UserError(f"--{name} is {getattr(options, name)}: it must be {minimum} or more")
     for name, (default, users) in OWN_FLAGS.items():
         if options.algorithm in users:
             if getattr(options, name) is None:
                 setattr(options, name, default)
         elif getattr(options, name) is not None:
-            raise UsageError(
+            raise UserError(
                 f"--{name} is a flag of {' and '.join(users)}: --algorithm {options.algorithm} has no use for it"
             )
     n_rounds = options.first_round + options.num_rounds
     options.total_rounds = n_rounds if options.total_rounds is None else options.total_rounds
     if options.total_rounds < n_rounds:
-        raise UsageError(
+        raise UserError(
             f"--total_rounds is {options.total_rounds}: it must be {n_rounds} or more, as this run ends there"
         )
     if options.env == "sim" and options.site_timeout is not None:
-        raise UsageError("--site_timeout is for sites that are processes of their own: add --env poc or --env prod")
+        raise UserError("--site_timeout is for sites that are processes of their own: add --env poc or --env prod")
     if options.site_timeout is None:
         options.site_timeout = settings.SITE_TIMEOUT
     if options.patience is not None and options.patience < 1:
-        raise UsageError(f"--patience is {options.patience}: it must be 1 or more")
+        raise UserError(f"--patience is {options.patience}: it must be 1 or more")
     if options.server_momentum is not None and not 0 <= options.server_momentum < 1:
-        raise UsageError(f"--server_momentum is {options.server_momentum}: it must be from 0 to below 1")
+        raise UserError(f"--server_momentum is {options.server_momentum}: it must be from 0 to below 1")
     if options.resume is not None and options.check:
-        raise UsageError("--check is a run of its own: leave out --resume")
+        raise UserError("--check is a run of its own: leave out --resume")
     for name in ("alpha", "learning_rate", "fedprox_mu", "server_learning_rate", "site_timeout"):
         if getattr(options, name) is None:
             continue
         if not 0 < getattr(options, name) < float("inf"):
-            raise UsageError(f"--{name} is {getattr(options, name)}: it must be a number above 0")
+            raise UserError(f"--{name} is {getattr(options, name)}: it must be a number above 0")
     if not 0 <= options.seed < 2**32:
-        raise UsageError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
+        raise UserError(f"--seed is {options.seed}: it must be from 0 to {2**32 - 1}")
     if options.model_class not in (known := model_names()):
-        raise UsageError(f"--model is {options.model_class!r}: model.py has {', '.join(known) or 'no LightningModule'}")
+        raise UserError(f"--model is {options.model_class!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     if options.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
-        raise UsageError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")
+        raise UserError(f"--name is {options.name!r}: letters, digits, '.', '_' and '-' only")
     if options.name is not None and len(options.name) > MAX_NAME:
-        raise UsageError(f"--name has {len(options.name)} letters: it must have {MAX_NAME} or fewer")
+        raise UserError(f"--name has {len(options.name)} letters: it must have {MAX_NAME} or fewer")
     _validate_name(options)
     if re.search(UNFIT, str(PROJECT)):
         what = f"a folder whose path has spaces, quotes, \\ or #: move the project out of {str(PROJECT)!r}"
-        raise UsageError(f"NVFlare cannot run in {what}")
+        raise UserError(f"NVFlare cannot run in {what}")
     own_roots = "{site}" in (options.data_root or "")
     if own_roots and options.partition not in (None, "none"):
-        raise UsageError(f"--partition {options.partition} deals images out, but with {{site}} each site has its own")
+        raise UserError(f"--partition {options.partition} deals images out, but with {{site}} each site has its own")
     _validate_environment(options)
     options.partition = options.partition or ("none" if own_roots else settings.PARTITION)
     if options.data_root:
@@ -274,23 +271,23 @@ def validate(options: argparse.Namespace) -> None:
         own = PROJECT / ".venv"
         usable = (own / "bin" / "python").exists() and Path(sys.prefix) != own
         todo = ".venv/bin/python job.py" if usable else "python3 install.py"
-        raise UsageError(f"{sys.executable} has no {missing[0]}: use {todo}")
+        raise UserError(f"{sys.executable} has no {missing[0]}: use {todo}")
     if options.tracking != "none" and importlib.util.find_spec(options.tracking) is None:
-        raise UsageError(
+        raise UserError(
             f"--tracking {options.tracking} needs a package: {sys.executable} -m pip install {options.tracking}"
         )
 
 
 def _validate_name(options: argparse.Namespace) -> None:
     if options.overwrite and not options.name:
-        raise UsageError("--overwrite replaces a run: say which with --name")
+        raise UserError("--overwrite replaces a run: say which with --name")
     if options.name == "latest":
-        raise UsageError("--name latest is the link to the newest run: choose another")
+        raise UserError("--name latest is the link to the newest run: choose another")
     if options.name and (PROJECT / "runs" / options.name).exists():
         if not options.overwrite:
-            raise UsageError(f"runs/{options.name} exists: choose another --name, or add --overwrite to replace it")
+            raise UserError(f"runs/{options.name} exists: choose another --name, or add --overwrite to replace it")
         if options.name == options.resume:
-            raise UsageError(f"--resume {options.resume} needs runs/{options.name}: choose another --name")
+            raise UserError(f"--resume {options.resume} needs runs/{options.name}: choose another --name")
 
 
 def _validate_environment(options: argparse.Namespace) -> None:
@@ -298,42 +295,42 @@ def _validate_environment(options: argparse.Namespace) -> None:
     if options.env != "prod":
         for name in ("startup_kit", "username", "sites", "classes", "export"):
             if getattr(options, name) is not None:
-                raise UsageError(f"--{name} is for real sites: add --env prod")
+                raise UserError(f"--{name} is for real sites: add --env prod")
         return
     if options.check or options.prepare_only:
-        raise UsageError("--check and --prepare_only work on this machine: leave --env prod out")
+        raise UserError("--check and --prepare_only work on this machine: leave --env prod out")
     if options.partition not in (None, "none"):
-        raise UsageError(f"--partition {options.partition} deals images out, but real sites have their own: use none")
+        raise UserError(f"--partition {options.partition} deals images out, but real sites have their own: use none")
     options.partition = "none"
     if options.data_root:
-        raise UsageError("each site sets its own FL_DATA_ROOT: leave --data_root out, and unset FL_DATA_ROOT here")
+        raise UserError("each site sets its own FL_DATA_ROOT: leave --data_root out, and unset FL_DATA_ROOT here")
     names = options.sites.split(",") if options.sites else _sites_of_project()
     if unfit := [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)]:
-        raise UsageError(f"--sites has a name {unfit[0]!r}: names with commas between, and no spaces")
+        raise UserError(f"--sites has a name {unfit[0]!r}: names with commas between, and no spaces")
     if len(set(names)) < len(names):
-        raise UsageError(f"--sites names {max(names, key=names.count)} twice")
+        raise UserError(f"--sites names {max(names, key=names.count)} twice")
     options.sites, options.n_clients = names, len(names)
     if options.dataset == "image_folder" and not options.classes:
-        raise UsageError("--classes FILE is missing: the names of the classes, one a line, as the sites' folders")
+        raise UserError("--classes FILE is missing: the names of the classes, one a line, as the sites' folders")
     if options.classes and not Path(options.classes).is_file():
-        raise UsageError(f"--classes: there is no file {options.classes}")
+        raise UserError(f"--classes: there is no file {options.classes}")
     for name in ("classes", "export", "startup_kit"):  # relative to where the user is, not to the project
         if getattr(options, name):
             setattr(options, name, os.path.abspath(os.path.expanduser(getattr(options, name))))
     if options.export:
         if os.path.exists(options.export):
-            raise UsageError(f"--export: {options.export} exists: choose another folder")
+            raise UserError(f"--export: {options.export} exists: choose another folder")
         return
     if not options.startup_kit:
-        raise UsageError("--startup_kit DIR is missing: the folder that you were given, with startup/ in it")
+        raise UserError("--startup_kit DIR is missing: the folder that you were given, with startup/ in it")
     kit = Path(options.startup_kit, "startup", "fed_admin.json")
     if not kit.is_file():
-        raise UsageError(f"--startup_kit: {kit} is not there: name the folder that holds startup/, a submitter's kit")
+        raise UserError(f"--startup_kit: {kit} is not there: name the folder that holds startup/, a submitter's kit")
     try:
         submitter = json.loads(kit.read_text(encoding="utf-8"))["admin"]["username"]
     except (OSError, ValueError, KeyError, TypeError):
         fault = f"{kit} does not name a submitter: unpack the kit that you were given again"
-        raise UsageError(f"--startup_kit: {fault}") from None
+        raise UserError(f"--startup_kit: {fault}") from None
     options.username = options.username or submitter
 
 
@@ -344,4 +341,4 @@ def _sites_of_project() -> list[str]:
         project = yaml.safe_load((PROJECT / "deploy" / "project.yml").read_text(encoding="utf-8"))
         return [member["name"] for member in project["participants"] if member["type"] == "client"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UsageError(f"deploy/project.yml does not tell the sites ({error}): name them with --sites") from None
+        raise UserError(f"deploy/project.yml does not tell the sites ({error}): name them with --sites") from None

@@ -18,12 +18,13 @@ import torch
 import yaml
 from nvflare.tool.poc.poc_commands import get_prod_dir, prepare_poc_provision
 
+from federation.errors import RunError
 from federation.launch.options import PROJECT
 from federation.launch.prod import SiteNews, address
 from federation.launch.session import COMPLETED, Server, log_to
 from federation.launch.simulator import threads_per_client
 from federation.launch.watchdog import POC_FOLDER, guard
-from federation.run.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
+from federation.run.workspace import SERVER, Follow, read_rounds, root_cause
 
 PROVISION = PROJECT / "deploy" / "project.yml"
 POC_SERVER = "localhost"  # NVFlare's server listens where its name leads to: to this machine, and to nobody else
@@ -44,7 +45,7 @@ def rehearse(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
         follow: called about once a second with what the log has got since, and the records of all rounds so far.
 
     Raises:
-        RunFailed: a site failed, died or never came.
+        RunError: a site failed, died or never came.
         KeyboardInterrupt: passed on, once no process is left.
     """
     sites = [f"site-{i}" for i in range(1, options.n_clients + 1)]
@@ -62,7 +63,7 @@ def rehearse(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
 
         def stop_if_one_died() -> None:
             if died := [name for name, process in processes.items() if process.poll() is not None]:
-                raise RunFailed(f"{', '.join(died)} died: its process is gone")
+                raise RunError(f"{', '.join(died)} died: its process is gone")
 
         with contextlib.closing(Server(kits / POC_ADMIN, POC_ADMIN, POC_WAIT_S, stop_if_one_died)) as server:
             server.await_sites(sites)
@@ -78,7 +79,7 @@ def rehearse(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
 
                 status = server.watch(job_id, look)
             if status != COMPLETED:
-                raise RunFailed(root_cause(workspace) or f"NVFlare ended the job with {status}")
+                raise RunError(root_cause(workspace) or f"NVFlare ended the job with {status}")
             server.bring_home(job_id, workspace / SERVER)
         shutil.copy(workspace / SERVER / "log.txt", workspace / "server")  # where the simulator writes it
 

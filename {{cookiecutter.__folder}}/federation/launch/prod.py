@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from federation.errors import RunError
 from federation.launch.session import COMPLETED, Server, log_to
-from federation.run.workspace import SERVER, Follow, RunFailed
-from federation.server.evaluation import REPORT
-from federation.server.heartbeat import BACK, LATE
+from federation.protocol import BACK, EVALUATION, LATE
+from federation.run.workspace import SERVER, Follow
 
 WITHOUT = "the job goes on without it, while more than half of the sites are left"
 NEWS = re.compile(
@@ -38,7 +38,7 @@ def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) ->
         options: the command line's; `startup_kit`, `username`, `sites` and `wait` are used.
 
     Raises:
-        RunFailed: the server cannot be reached or refuses, a site never came, or the job failed.
+        RunError: the server cannot be reached or refuses, a site never came, or the job failed.
         KeyboardInterrupt: passed on, once the job is stopped.
     """
     address(job, options.sites)
@@ -74,8 +74,8 @@ def submit(job: Path, run: Path, options: argparse.Namespace, follow: Follow) ->
         server.bring_home(job_id, target)
         shutil.copy(target / "log.txt", log)
         # Where a site was lost on the way, NVFlare calls the job failed, even if the server has done all of it.
-        if status != COMPLETED and not (target / REPORT).exists():
-            raise RunFailed(_failed_sites(target / "log.txt") or f"NVFlare ended the job with {status}")
+        if status != COMPLETED and not (target / EVALUATION).exists():
+            raise RunError(_failed_sites(target / "log.txt") or f"NVFlare ended the job with {status}")
     finally:
         if running:
             with contextlib.suppress(Exception):

@@ -13,10 +13,11 @@ from nvflare.recipe.spec import Recipe
 
 import model as models
 from data import Holdings
+from federation.protocol import METRIC
 from federation.server.aggregation import OrderedMean, OrderedScaffold
 from federation.server.answers import AnswerCheck
 from federation.server.audit import Receipt
-from federation.server.evaluation import METRIC, FinalEvaluation
+from federation.server.evaluation import FinalEvaluation
 from federation.server.fedopt import StartFromCheckpoint
 from federation.server.heartbeat import PATIENCE, Watch
 

@@ -9,7 +9,7 @@ import torch
 
 import model as models
 from data import Holdings
-from federation.launch.options import UsageError
+from federation.errors import UserError
 
 RESTARTS = {  # what a resumed run begins without
     "fedavg": "the sites' optimizers start afresh in every round anyway",
@@ -27,14 +27,14 @@ def check(options: argparse.Namespace, holdings: Holdings) -> None:
         holdings: data.py's `Holdings` of the run that is about to start.
 
     Raises:
-        UsageError: they do not, or it is not.
+        UserError: they do not, or it is not.
     """
     partition = options.resume_from.parent / "partition.json"
     try:
         before = json.loads(partition.read_text(encoding="utf-8"))
         classes = before["classes"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
+        raise UserError(
             f"--resume {options.resume}: {partition} is missing or broken, and says which images the sites held: "
             "resume another run"
         ) from None
@@ -42,7 +42,7 @@ def check(options: argparse.Namespace, holdings: Holdings) -> None:
     if options.env == "prod":  # only the classes are known: each site sees to its own images
         before, now = classes, now["classes"]
     if before != now:
-        raise UsageError(f"--resume {options.resume}: its sites held other images: give the --data_root that it had")
+        raise UserError(f"--resume {options.resume}: its sites held other images: give the --data_root that it had")
     try:
         model = getattr(models, options.model_class)(
             num_classes=len(holdings.classes), learning_rate=options.learning_rate
@@ -50,7 +50,7 @@ def check(options: argparse.Namespace, holdings: Holdings) -> None:
         model.load_state_dict(torch.load(options.resume_from, weights_only=True))
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UsageError(
+        raise UserError(
             f"--resume {options.resume}: its model does not load into {options.model_class}: {reason}"
         ) from None
 

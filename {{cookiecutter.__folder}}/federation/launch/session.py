@@ -11,7 +11,7 @@ from typing import Any
 from nvflare.fuel.flare_api import api_spec
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
-from federation.run.workspace import RunFailed
+from federation.errors import RunError
 
 LOGIN_S = 5.0  # for one attempt to reach the server
 POLL_S = 1.0
@@ -29,7 +29,7 @@ class Server:
         check: called while waiting; raises where there is nothing left to wait for.
 
     Raises:
-        RunFailed: no answer in that time, or the server refuses.
+        RunError: no answer in that time, or the server refuses.
     """
 
     def __init__(self, kit: Path, username: str, patience: float, check: Callable[[], None] = lambda: None):
@@ -40,7 +40,7 @@ class Server:
         while not self._log_in():
             check()
             if time.monotonic() > deadline:
-                raise RunFailed(
+                raise RunError(
                     f"no connection to the server within {patience:.0f} s: it does not run, cannot be reached, "
                     f"or does not know the start-up kit {kit}"
                 )
@@ -53,7 +53,7 @@ class Server:
         except api_spec.NoConnection:
             return False
         except (api_spec.AuthenticationError, api_spec.AuthorizationError) as error:
-            raise RunFailed(f"the server refuses {self.username}: {error}") from None
+            raise RunError(f"the server refuses {self.username}: {error}") from None
 
     def ask(self, command: str, *arguments: Any) -> Any:
         """Call a method of the session; where the server does not answer, wait for it and call again."""
@@ -64,7 +64,7 @@ class Server:
             except LOST as error:
                 self.check()
                 if time.monotonic() > deadline:
-                    raise RunFailed(f"the server is lost: no answer for {self.patience:.0f} s ({error})") from None
+                    raise RunError(f"the server is lost: no answer for {self.patience:.0f} s ({error})") from None
                 if not told:
                     print(f"the server does not answer; waiting up to {self.patience:.0f} s", flush=True)
                     told = self.was_away = True
@@ -76,13 +76,13 @@ class Server:
         """Wait until all sites are connected.
 
         Raises:
-            RunFailed: some did not come; it says which.
+            RunError: some did not come; it says which.
         """
         deadline, told = time.monotonic() + self.patience, False
         while missing := sorted(set(sites) - {client.name for client in self.ask("get_connected_client_list")}):
             self.check()
             if time.monotonic() > deadline:
-                raise RunFailed(f"{', '.join(missing)} did not connect within {self.patience:.0f} s")
+                raise RunError(f"{', '.join(missing)} did not connect within {self.patience:.0f} s")
             if not told and self.patience > POLL_S:
                 print(f"waiting up to {self.patience:.0f} s for {', '.join(missing)}", flush=True)
                 told = True
@@ -93,20 +93,20 @@ class Server:
         try:
             return self.session.submit_job(str(job.resolve()))
         except api_spec.AuthorizationError:
-            raise RunFailed(f"{self.username} has no right to submit a job with code of its own") from None
+            raise RunError(f"{self.username} has no right to submit a job with code of its own") from None
 
     def watch(self, job_id: str, look: Callable[[], None]) -> str:
         """Call `look` about once a second until the job has ended, and return its status.
 
         Raises:
-            RunFailed: the server was started anew. NVFlare then keeps the job's status, but runs it no more.
+            RunError: the server was started anew. NVFlare then keeps the job's status, but runs it no more.
         """
         started = self.ask("get_system_info").server_info.start_time
         while True:
             status = self.ask("get_job_meta", job_id)["status"]
             look()
             if self.was_away and self.ask("get_system_info").server_info.start_time != started:
-                raise RunFailed(f"the server was started anew, which ended the job {job_id}: submit it again")
+                raise RunError(f"the server was started anew, which ended the job {job_id}: submit it again")
             self.was_away = False
             if status.startswith("FINISHED"):
                 return status

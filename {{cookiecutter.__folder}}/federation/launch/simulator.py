@@ -14,11 +14,12 @@ import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
+from federation.errors import RunError
 from federation.launch.fork_server import forked_clients
 from federation.launch.options import PROJECT
 from federation.launch.watchdog import SIGNALS, guard
-from federation.run.workspace import SERVER, Follow, RunFailed, read_rounds, root_cause
-from federation.server.evaluation import REPORT
+from federation.protocol import EVALUATION
+from federation.run.workspace import SERVER, Follow, read_rounds, root_cause
 
 FORKS = sys.platform == "linux"  # elsewhere a fork is not safe, nor is one that goes on to use CUDA
 FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes for one client process: 0.2 and 1.1 GB were seen, with LitNet
@@ -47,7 +48,7 @@ def simulate(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
         follow: called a few times a second with what the log has got since, and the records of all rounds so far.
 
     Raises:
-        RunFailed: a site failed, died or did not report.
+        RunError: a site failed, died or did not report.
         KeyboardInterrupt: passed on, once no process is left.
     """
     workspace, log = run / "workspace", run / "log.txt"
@@ -59,7 +60,7 @@ def simulate(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
     if at_once < options.n_clients:
         why = "--n_threads asks for" if options.n_threads else "the free memory allows"
         if options.algorithm == "scaffold":  # each would forget its control variate
-            raise RunFailed(f"SCAFFOLD needs all {options.n_clients} sites at once, and {why} {at_once} at a time")
+            raise RunError(f"SCAFFOLD needs all {options.n_clients} sites at once, and {why} {at_once} at a time")
         print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each starts anew for each of its tasks")
     # The clients inherit it. The same bits need the same number, so that a user may set it.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_client(at_once)))
@@ -78,14 +79,14 @@ def simulate(job: Path, run: Path, options: argparse.Namespace, follow: Follow) 
             running = simulator.is_alive()
             follow(lines.read(), read_rounds(workspace))
             if died := _dead_client(workspace):
-                raise RunFailed(root_cause(workspace) or f"{died} died: its process is gone")
+                raise RunError(root_cause(workspace) or f"{died} died: its process is gone")
             if _has_finished(workspace):
                 return
             if not running:
                 break
             simulator.join(POLL_S)
     if simulator.exitcode != 0:
-        raise RunFailed(root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
+        raise RunError(root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
 
 
 def _run_simulator(
@@ -124,7 +125,7 @@ def _run_simulator(
 def _has_finished(workspace: Path) -> bool:
     """All results are written. What NVFlare's simulator does after that is to wait, for some 4 seconds."""
     log = workspace / "server" / "log.txt"
-    if not (workspace / SERVER / REPORT).exists():
+    if not (workspace / SERVER / EVALUATION).exists():
         return False
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 4096))

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-
-class NoConfusion(Exception):
-    """Why there is no matrix; part of a sentence."""
+from federation.errors import UserError
 
 
 def confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str, np.ndarray]:
@@ -25,7 +23,7 @@ def confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str
         the model takes for a class (column).
 
     Raises:
-        NoConfusion: the images are not here, or not those that the site had, or data.py or model.py do not fit.
+        UserError: the images are not here, or not those that the site had, or data.py or model.py do not fit.
     """
     root = os.environ.get("FL_DATA_ROOT")
     if not root and result["data_root"]:
@@ -36,12 +34,10 @@ def confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str
             for site, test in result["test"]["sites"].items()
             if test["images"]
         }
-    except NoConfusion:
+    except UserError:
         raise
     except Exception as error:  # whatever a user's data.py and model.py raise, the rest of the report stands
-        raise NoConfusion(
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        ) from None
+        raise UserError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}") from None
     finally:
         if not root:
             os.environ.pop("FL_DATA_ROOT", None)
@@ -64,12 +60,12 @@ def _site(run: Path, result: dict[str, Any], classes: list[str], site: str, n_im
     data.prepare_data()
     data.setup("test")
     if data.n_test != n_images:
-        raise NoConfusion(f"{site} had {n_images} test images, and on this machine there are {data.n_test} for it")
+        raise UserError(f"{site} had {n_images} test images, and on this machine there are {data.n_test} for it")
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
     with torch.inference_mode():
         for index, batch in enumerate(data.test_dataloader()):
             scores, labels = model.predict_step(batch, index), batch[1]
             if scores.shape != (len(labels), len(classes)):
-                raise NoConfusion("predict_step of model.py does not return a score for each image and class")
+                raise UserError("predict_step of model.py does not return a score for each image and class")
             np.add.at(matrix, (labels.numpy(), scores.argmax(dim=1).numpy()), 1)
     return matrix

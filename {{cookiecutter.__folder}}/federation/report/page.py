@@ -1,6 +1,6 @@
 """The page of a run, or of several: one HTML file that opens without a network. Numbers and names, never an image.
 
-What is on it is computed here; how it looks is in report.html.j2.
+What is on it is computed here; how it looks is in page.html.j2.
 """
 
 import hashlib
@@ -12,9 +12,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from federation.files import read_json_lines
+from federation.errors import UserError
+from federation.protocol import AUDIT_LOG, read_json_lines
 from federation.report import plots
-from federation.report.confusion import NoConfusion, confusion
+from federation.report.confusion import confusion
 from federation.run import schema, timing
 from federation.run.metrics import as_text
 
@@ -37,7 +38,7 @@ def write(run: Path, project: str) -> Path:
         project: the project's name; any text.
 
     Raises:
-        schema.ResultError: the run has no result that can be read.
+        UserError: the run has no result that can be read.
     """
     result = schema.read(run)
     partition = schema.read_json(run / "partition.json")
@@ -81,7 +82,7 @@ def write_comparison(runs: list[Path], rows: list[list[str]], file: Path, projec
 
 
 def _render(file: Path, **values: Any) -> Path:
-    page = TEMPLATES.get_template("report.html.j2").render(values)
+    page = TEMPLATES.get_template("page.html.j2").render(values)
     file.write_text(page, encoding="utf-8", errors="replace")
     return file
 
@@ -140,7 +141,7 @@ def _distribution(partition: dict[str, Any]) -> dict[str, Any]:
 def _confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str, Any]:
     try:
         counts = confusion(run, result, classes)
-    except NoConfusion as reason:
+    except UserError as reason:
         note = f"No matrix: the test images or the model cannot be used on this machine ({reason})."
         return {"matrices": [], "notes": [note]}
     if not counts:
@@ -173,7 +174,7 @@ def _time(run: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _audit(run: Path, result: dict[str, Any]) -> dict[str, Any]:
-    records = read_json_lines(run / "receipt.jsonl")
+    records = read_json_lines(run / AUDIT_LOG)
     if not records:
         return {"rows": []}
     records.sort(key=lambda r: (r["round"] is None, r["round"] or 0, r["task"], len(r["site"]), r["site"]))

@@ -5,7 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
-from federation.launch.options import UsageError
+from federation.errors import UserError
 
 RUNS = Path("runs")
 LATEST = "latest"  # link to the newest run that has a result
@@ -19,7 +19,7 @@ def new_run(name: str | None, overwrite: bool = False) -> Path:
         overwrite: whether a run of that name is removed first.
 
     Raises:
-        UsageError: there is one of that name.
+        UserError: there is one of that name.
     """
     RUNS.mkdir(exist_ok=True)
     while True:
@@ -31,7 +31,7 @@ def new_run(name: str | None, overwrite: bool = False) -> Path:
             return folder
         except FileExistsError:
             if name:
-                raise UsageError(f"{folder} exists: choose another --name, or add --overwrite to replace it") from None
+                raise UserError(f"{folder} exists: choose another --name, or add --overwrite to replace it") from None
             time.sleep(0.1)  # another run started within this second
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from federation.files import read_json_lines
+from federation.errors import RunError
+from federation.protocol import AUDIT_LOG, BEST, EVALUATION, FAILURE, FINAL, HOLDS, REJECTED, read_json_lines
 from federation.run import timing
 from federation.run.metrics import weighted_mean
-from federation.run.workspace import SERVER, RunFailed, read_rounds, root_cause
-from federation.server.answers import FAILURE, FINAL, HOLDS, REJECTED
-from federation.server.evaluation import BEST, REPORT
+from federation.run.workspace import SERVER, read_rounds, root_cause
 
 LAST = "last.pt"  # in the folder of a run that failed
 
@@ -37,27 +36,27 @@ def bring_home(
         told, else empty.
 
     Raises:
-        RunFailed: something is missing.
+        RunError: something is missing.
     """
     server = run / "workspace" / SERVER
     rounds = read_rounds(run / "workspace")
     stopped_early = patience is not None and len(rounds) < num_rounds and _without_gain(rounds) >= patience
     if len(rounds) != num_rounds and not stopped_early:
-        raise RunFailed(f"only {len(rounds)} of {num_rounds} rounds were finished")
-    if not (server / REPORT).exists():
-        raise RunFailed("no site evaluated the final model")
-    evaluation = json.loads((server / REPORT).read_text(encoding="utf-8"))
+        raise RunError(f"only {len(rounds)} of {num_rounds} rounds were finished")
+    if not (server / EVALUATION).exists():
+        raise RunError("no site evaluated the final model")
+    evaluation = json.loads((server / EVALUATION).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
     reports = dict(sorted(final["sites"].items(), key=_by_number))
     lost = sorted(set(sites) - set(reports))
     rejected = read_json_lines(server / REJECTED)
     silent = [site for site in lost if site not in {record["site"] for record in rejected}]
     if silent and not tolerant:
-        raise RunFailed(f"{', '.join(silent)} did not evaluate the final model")
+        raise RunError(f"{', '.join(silent)} did not evaluate the final model")
 
     shutil.copy(server / FINAL, run)
     shutil.copy(server / (FINAL if best["round"] == final["round"] else BEST), run / BEST)
-    if (receipt := server / "receipt.jsonl").exists():
+    if (receipt := server / AUDIT_LOG).exists():
         shutil.copy(receipt, run)
     # A round's record, counted from 0, has what the sites said of the model that they got: the one before the round.
     curve = {record["round"]: {site: own["metrics"] for site, own in record["sites"].items()} for record in rounds}

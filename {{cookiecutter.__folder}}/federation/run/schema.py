@@ -44,6 +44,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from federation.errors import UserError
 from federation.launch.options import OWN_FLAGS, STAGE
 
 VERSION = 1
@@ -53,10 +54,6 @@ CONFIGURATION = (
     *("partition", "alpha", "shards_per_site", "n_clients", "num_rounds"),
     *("image_size", "batch_size", "local_epochs", "learning_rate", "seed"),
 )
-
-
-class ResultError(Exception):
-    """A result that cannot be read; one line for the user."""
 
 
 def compose(
@@ -110,14 +107,14 @@ def read(run: Path) -> dict[str, Any]:
     """Read a run's results.json, whichever version of the program wrote it. What an older one lacks is null or empty.
 
     Raises:
-        ResultError: it is not there, or broken, or newer than this program.
+        UserError: it is not there, or broken, or newer than this program.
     """
     path = run / "results.json"
     result = read_json(path)
     written = result.get("version", 0)
     if written > VERSION:
         todo = "show it with the project that made it"
-        raise ResultError(f"{path} has version {written}, and this project reads up to {VERSION}: {todo}")
+        raise UserError(f"{path} has version {written}, and this project reads up to {VERSION}: {todo}")
     for entry in result["rounds"]:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
@@ -168,11 +165,11 @@ def read_json(path: Path) -> Any:
     """Read one of a run's files.
 
     Raises:
-        ResultError: it is not there, or broken.
+        UserError: it is not there, or broken.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ResultError(f"{path} is not there: finish a run with python job.py") from None
+        raise UserError(f"{path} is not there: finish a run with python job.py") from None
     except ValueError:
-        raise ResultError(f"{path} is broken: run python job.py again") from None
+        raise UserError(f"{path} is broken: run python job.py again") from None

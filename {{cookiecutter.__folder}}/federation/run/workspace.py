@@ -5,16 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from federation.files import read_json_lines
-from federation.server.evaluation import ROUNDS
+from federation.protocol import ROUNDS, read_json_lines
 
 SERVER = Path("server", "simulate_job")  # the server's own results, within the workspace
 # Called a few times a second: with what the log has got since, and the records of all rounds so far.
 Follow = Callable[[str, list[dict[str, Any]]], None]
-
-
-class RunFailed(Exception):
-    """The federation did not end well. The message says which site and why, the root cause first."""
 
 
 def read_rounds(workspace: Path) -> list[dict[str, Any]]:
@@ -32,7 +27,7 @@ def root_cause(workspace: Path) -> str:
         for time, traceback, error in re.findall(
             r"^(\d{4}-\S+ \S+) .*Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", text, re.MULTILINE
         ):
-            if "RunEnded" in error:
+            if "RunError" in error:
                 continue
             frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
             where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)

@@ -12,7 +12,8 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.workflows.base_fedavg import BaseFedAvg
 from nvflare.app_common.workflows.scaffold import Scaffold
 
-from federation.server.answers import VAL_IMAGES, require_majority
+from federation.protocol import VAL_IMAGES
+from federation.server.answers import require_majority
 
 # In the meta of a mean: site -> `metrics` of the model that it was given, and its `train` and `val` images.
 # FinalEvaluation takes it out and writes it down: what stays in the meta is sent to all sites.

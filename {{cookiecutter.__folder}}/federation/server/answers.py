@@ -20,19 +20,23 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
+from federation.errors import RunError
 from federation.exchange import count_fault, metric_fault, specs_of, tensor_fault
-from federation.files import append_json, read_json_lines, save_tensors, write_json
+from federation.protocol import (
+    FAILURE,
+    FINAL,
+    HOLDS,
+    REJECTED,
+    TEST_IMAGES,
+    VAL_IMAGES,
+    append_json,
+    read_json_lines,
+    save_tensors,
+    write_json,
+)
 
-REJECTED, FAILURE = "rejected.jsonl", "failure.json"  # in the server's run folder
-FINAL = "final.pt"
-VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # how client.py names a site's numbers of images
-HOLDS = "holds "  # and, before the name of a class, how many images of it a site has
 HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # where numbers grew beyond all bounds
 MAX_REASONS = 3  # that a message lists
-
-
-class RunEnded(Exception):
-    """The server ends the run: one line for the user."""
 
 
 class AnswerCheck(FLComponent):
@@ -153,7 +157,7 @@ def require_majority(n_answers: int, n_sites: int, fl_ctx: FLContext, evaluation
         evaluation: whether they were asked to evaluate a model, not to train in a round.
 
     Raises:
-        RunEnded: too few. The reason is in `failure.json` too.
+        RunError: too few. The reason is in `failure.json` too.
     """
     if 2 * n_answers > n_sites:
         return
@@ -168,7 +172,7 @@ def require_majority(n_answers: int, n_sites: int, fl_ctx: FLContext, evaluation
     if "not finite" in reason:
         reason += f": {HINT}"
     write_json(folder / FAILURE, {"reason": reason})
-    raise RunEnded(reason)
+    raise RunError(reason)
 
 
 def global_model(fl_ctx: FLContext) -> dict[str, torch.Tensor]:

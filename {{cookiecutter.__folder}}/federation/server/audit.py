@@ -22,7 +22,8 @@ from nvflare.app_common.abstract.fl_model import MetaKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.widgets.convert_to_fed_event import FED_EVENT_PREFIX
 
-FILE = "receipt.jsonl"
+from federation.protocol import AUDIT_LOG
+
 HEADERS, DXO = "__headers__", "DXO"  # the two parts of NVFlare's message
 # The server puts these into a message when it has come.
 OWN_HEADERS = (ReservedHeaderKey.TASK_NAME, ReservedHeaderKey.TASK_ID, ReservedHeaderKey.PEER_PROPS)
@@ -61,7 +62,7 @@ class Receipt(FLComponent):
     def _write(self, record: dict[str, Any], fl_ctx: FLContext) -> None:
         engine = fl_ctx.get_engine()
         folder = Path(engine.get_workspace().get_run_dir(fl_ctx.get_job_id()))
-        with self.lock, (folder / FILE).open("a", encoding="utf-8") as file:
+        with self.lock, (folder / AUDIT_LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 

@@ -16,19 +16,21 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.model_controller import ModelController
 
-from federation.files import append_json, read_json_lines, save_tensors, write_json
-from federation.server.aggregation import SITES, mean_metrics
-from federation.server.answers import (
+from federation.protocol import (
+    BEST,
+    EVALUATION,
     FINAL,
+    METRIC,
     REJECTED,
+    ROUNDS,
     VAL_IMAGES,
-    global_model,
-    require_majority,
-    run_folder,
+    append_json,
+    read_json_lines,
+    save_tensors,
+    write_json,
 )
-
-METRIC = "val_acc"
-BEST, ROUNDS, REPORT = "best.pt", "rounds.jsonl", "evaluation.json"  # in the server's run folder
+from federation.server.aggregation import SITES, mean_metrics
+from federation.server.answers import global_model, require_majority, run_folder
 
 Validation = dict[str, tuple[dict[str, Any], int]]  # site -> metrics of a model, number of validation images
 
@@ -82,13 +84,13 @@ class FinalEvaluation(ModelController):
         validation = {site: (metrics, metrics[VAL_IMAGES]) for site, metrics in final["sites"].items()}
         if self.best and not is_at_least_as_good(validation, self.best):
             report["best"] = self.evaluate(torch.load(folder / BEST, weights_only=True), self.best_round)
-        write_json(folder / REPORT, report)
+        write_json(folder / EVALUATION, report)
 
     def evaluate(self, model: dict[str, torch.Tensor], n_aggregations: int) -> dict[str, Any]:
         """Let all sites validate and test a model.
 
         Raises:
-            RunEnded: not more than half of the sites could.
+            RunError: not more than half of the sites could.
         """
         weights = {name: weight.numpy() for name, weight in model.items()}
         data = FLModel(params_type=ParamsType.FULL, params=weights)

@@ -16,11 +16,12 @@ from nvflare.apis.fl_constant import FLContextKey, ReservedTopic
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReturnCode, Shareable
 
+from federation.protocol import BACK, LATE
+
 ASK_EVERY_S = 5.0
 ANSWER_S = 5.0
 SILENCE_S = 60.0  # after so long without an answer a site is lost to the job
 START_S = 60.0  # more at the beginning: a site imports PyTorch first
-LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has taken another task"  # job.py tells the user
 PATIENCE = {  # seconds: NVFlare's own, which begins after that and anew in each round; little is needed any more
     "dead_client_grace_period": 1.0,
     "dead_client_check_lead_time": 5.0,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from federation.site.fetch import DataError, fetch, new_deadline
+from federation.errors import UserError
+from federation.site.fetch import fetch, new_deadline
 
 if TYPE_CHECKING:  # public data sets do without Pillow
     from PIL.ImageFile import ImageFile
@@ -150,7 +151,7 @@ def cache_folder() -> Path:
     """The user's cache folder for stores and downloads; created.
 
     Raises:
-        DataError: it cannot be created.
+        UserError: it cannot be created.
     """
     import pooch
 
@@ -158,7 +159,7 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot create the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME") from None
+        raise UserError(f"cannot create the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME") from None
     return folder
 
 
@@ -174,7 +175,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
         image_size: S, the side of the converted images in pixels.
 
     Raises:
-        DataError: the data cannot be had or read.
+        UserError: the data cannot be had or read.
     """
     from filelock import FileLock
 
@@ -201,7 +202,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
                     # Renamed first: a process that is killed here leaves no half of a store under a store's name.
                     shutil.rmtree(earlier.rename(cache / f".{earlier.name}"))
     except OSError as error:
-        raise DataError(f"cannot write the converted images under {cache}: {error}") from None
+        raise UserError(f"cannot write the converted images under {cache}: {error}") from None
     return store
 
 
@@ -209,7 +210,7 @@ def open_split(store: Path, split: str) -> Split:
     """Open one split of a store that `prepare` returned: `train` or `test`. Images are mapped, not read.
 
     Raises:
-        DataError: the store was removed in between, since its images have changed.
+        UserError: the store was removed in between, since its images have changed.
     """
     try:
         return Split(
@@ -218,7 +219,7 @@ def open_split(store: Path, split: str) -> Split:
             classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
         )
     except FileNotFoundError:
-        raise DataError(f"{store} was removed, as after a change of its images: run the same command again") from None
+        raise UserError(f"{store} was removed, as after a change of its images: run the same command again") from None
 
 
 def check_classes(names: dict[str, list[str]]) -> None:
@@ -228,7 +229,7 @@ def check_classes(names: dict[str, list[str]]) -> None:
         names: place -> the classes there: a folder, a file or a site.
 
     Raises:
-        DataError: the first fault found.
+        UserError: the first fault found.
     """
     seen: dict[str, tuple[str, str]] = {}
     for place, classes in names.items():
@@ -236,13 +237,13 @@ def check_classes(names: dict[str, list[str]]) -> None:
             # Control characters, surrogates (bytes that are not UTF-8), line and paragraph separators: a line of
             # classes.txt would end there, or could not be written.
             if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-                raise DataError(
+                raise UserError(
                     f"{place} has a class {name!r}: a name is UTF-8 text without control characters; rename it"
                 )
             alike = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
             other, elsewhere = seen.setdefault(alike, (name, place))
             if other != name:
-                raise DataError(
+                raise UserError(
                     f"{elsewhere} has a class {other!r} and {place} has {name!r}: if they are one class, spell it in "
                     "one way; if not, let them differ in more than case, outer spaces and Unicode form"
                 )
@@ -252,14 +253,14 @@ def _store_name(dataset: str, root: Path | None, image_size: int) -> tuple[str, 
     """A store's name: (what it is of, in which state that is). A public data set has one state only."""
     if dataset == "image_folder":
         if root is None:
-            raise DataError(
+            raise UserError(
                 "image_folder needs the folder that holds train/<class>/<image>: "
                 "give it with --data_root DIR or in FL_DATA_ROOT"
             )
         place = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size}\n")).hexdigest()[:16]
         return f"image_folder-{place}", f"-{_fingerprint(root)}"
     if dataset not in SOURCES:
-        raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     return f"{dataset}-{image_size}px", ""
 
 
@@ -306,7 +307,7 @@ def _fingerprint(root: Path) -> str:
     try:
         if not (root / "train").is_dir():
             os.listdir(root)  # tells a missing or locked folder from an empty one
-            raise DataError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
+            raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
         for split in ("train", "test"):
             for folder, files in _walk(root / split):
                 digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\n"))
@@ -314,7 +315,7 @@ def _fingerprint(root: Path) -> str:
                     status = os.stat(os.path.join(folder, name))
                     digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
     except OSError as error:
-        raise DataError(f"the data root {error.filename or root} cannot be read: {error.strerror}") from None
+        raise UserError(f"the data root {error.filename or root} cannot be read: {error.strerror}") from None
     return digest.hexdigest()[:16]
 
 
@@ -337,7 +338,7 @@ def _convert_folder(root: Path, image_size: int, store: Path) -> None:
     }
     for split in splits:
         if not folders[split]:
-            raise DataError(f"{root / split} is empty: expected {root / split}/<class>/<image>")
+            raise UserError(f"{root / split} is empty: expected {root / split}/<class>/<image>")
     check_classes({str(root / split): folders[split] for split in splits})
     classes = sorted(set().union(*folders.values()))
     files: dict[str, list[tuple[Path, int]]] = {}
@@ -347,7 +348,7 @@ def _convert_folder(root: Path, image_size: int, store: Path) -> None:
             paths = (Path(folder, file) for folder, files_in in _walk(root / split / name) for file in files_in)
             found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
-                raise DataError(
+                raise UserError(
                     f"{root / split / name} holds no image: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it"
                 )
             files[split] += [(path, classes.index(name)) for path in found]
@@ -386,7 +387,7 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     site. So are files of several images (but for a camera's JPEG, whose first image is the photograph), and LAB colors.
 
     Raises:
-        DataError: the image is refused, or cannot be read.
+        UserError: the image is refused, or cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -402,9 +403,9 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
                 side = (image_size, image_size)
                 image = image.convert("RGB").resize(side, Image.Resampling.BILINEAR, reducing_gap=2.0)
     except Exception as error:  # Pillow raises many kinds for a broken file
-        raise DataError(f"{path} is not a readable image ({error}): repair or remove it") from None
+        raise UserError(f"{path} is not a readable image ({error}): repair or remove it") from None
     if refusal:
-        raise DataError(f"{path} {refusal}")
+        raise UserError(f"{path} {refusal}")
     return np.asarray(image).transpose(2, 0, 1)
 
 

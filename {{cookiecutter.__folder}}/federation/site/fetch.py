@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from federation.errors import UserError
+
 MIRROR_VARIABLE = "FL_DATA_MIRROR"
 LIMIT_VARIABLE = "FL_DATA_TIMEOUT"  # seconds that fetching a data set may take
 LIMIT_S = 600.0
 CONNECT_S, READ_S = 5.0, 15.0
 JUDGE_AFTER_S = 10.0  # a mirror's speed is known by then
-
-
-class DataError(Exception):
-    """The data is not usable. The message is one line for the user: what, why, and what to do."""
 
 
 def new_deadline() -> float:
@@ -26,7 +24,7 @@ def new_deadline() -> float:
     try:
         return time.monotonic() + float(limit)
     except ValueError:
-        raise DataError(f"{LIMIT_VARIABLE} is a number of seconds, not {limit!r}") from None
+        raise UserError(f"{LIMIT_VARIABLE} is a number of seconds, not {limit!r}") from None
 
 
 def fetch(
@@ -44,7 +42,7 @@ def fetch(
         deadline: by `time.monotonic()`, in seconds.
 
     Raises:
-        DataError: no mirror has it, in time and whole, or it cannot be written.
+        UserError: no mirror has it, in time and whole, or it cannot be written.
     """
     import pooch
     import requests
@@ -55,7 +53,7 @@ def fetch(
             return
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"the data root {folder} cannot be used: {error.strerror}; choose another --data_root"
         ) from None
 
@@ -76,14 +74,14 @@ def fetch(
                 failures.append(f"{host}: {_reason(error)}")
             else:
                 reason = error.strerror or error  # pooch's own PermissionError has only a text
-                raise DataError(f"cannot write {path}: {reason}; choose another --data_root") from None
+                raise UserError(f"cannot write {path}: {reason}; choose another --data_root") from None
         except _TooSlow as error:
             failures.append(f"{host}: {error}")
         except ValueError as error:  # pooch's word for a wrong checksum
             failures.append(f"{host}: {'wrong checksum' if 'hash' in str(error) else _reason(error)}")
         print(f"  {failures[-1]}", file=sys.stderr, flush=True)
     again = f"./prepare_data.sh --dataset {dataset}" + (f" --data_root {shlex.quote(str(root))}" if root else "")
-    raise DataError(
+    raise UserError(
         f"{dataset} is not there and cannot be fetched ({'; '.join(failures)}): try again with {again}, "
         f"or set {MIRROR_VARIABLE} to a mirror that you can reach, or put {name} (MD5 {md5}) into {folder} by hand, "
         "or take --dataset digits, which needs no network"
@@ -101,7 +99,7 @@ def _private_mirror() -> list[str]:
     except ValueError:  # a port that is not a number
         usable = False
     if not usable:
-        raise DataError(f"{MIRROR_VARIABLE} must be an address like https://mirror.example/files: http or https")
+        raise UserError(f"{MIRROR_VARIABLE} must be an address like https://mirror.example/files: http or https")
     return [address.rstrip("/") + "/"]
 
 

@@ -9,10 +9,6 @@ from sklearn.datasets import load_breast_cancer
 from torch.utils.data import DataLoader, TensorDataset
 
 
-class DataError(Exception):
-    pass
-
-
 @dataclass(frozen=True)
 class Holdings:
     classes: list

@@ -1,10 +1,33 @@
-"""Write files whole: whoever reads one finds the old content or the new, never a part. JSON is strict, without NaN."""
+"""What one process writes and another reads: the names, and how such a file is written.
+
+Files are written whole: whoever reads one finds the old content or the new, never a part. JSON is strict, without NaN.
+"""
 
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+# Files that a job brings along, next to its code.
+OPTIONS = "options.json"  # settings.Options, as far as they concern the job
+INITIAL = "initial.pt"  # the weights that the federation begins with
+
+# Files that the server writes into its run folder.
+ROUNDS = "rounds.jsonl"  # a line per finished round: server/evaluation.py
+EVALUATION = "evaluation.json"  # of the final and of the best model: server/evaluation.py
+REJECTED = "rejected.jsonl"  # answers that were left out: server/answers.py
+FAILURE = "failure.json"  # why the server ended the run: its `reason`
+AUDIT_LOG = "receipt.jsonl"  # what came from each site: server/audit.py
+FINAL, BEST = "final.pt", "best.pt"  # state dicts of the global model
+
+# Keys of a site's answers.
+METRIC = "val_acc"  # by which models are compared
+VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
+HOLDS = "holds "  # and the name of a class: how many training and validation images of it the site has
+
+# What the heartbeat monitor writes into the server's log: a site, and the seconds that it may take.
+LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has taken another task"
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

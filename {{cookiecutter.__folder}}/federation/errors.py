@@ -1,0 +1,37 @@
+"""The two kinds of error, and how every program turns them into a line on the screen and an exit code.
+
+Needs nothing but the standard library.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something that the user can put right, in one line: what is wrong, what was expected, what to type. Code 2."""
+
+
+class RunError(Exception):
+    """A federation did not end well: which site, which exception, which line, the root cause first. Exit code 1."""
+
+
+def exit_code(program: str, main: Callable[[], int | None]) -> int:
+    """Run a program's `main` and return the exit code; None from `main` means 0.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, and it cleans up: so does `kill`, a closed terminal, a background job.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; no process is left", file=sys.stderr)
+        return 130
