@@ -152,10 +152,10 @@ def main() -> None:
     for name in ("train", "test"):
         images = np.asarray(np.load(options.store / f"{name}-images.npy", mmap_mode="r"))
         labels = np.load(options.store / f"{name}-labels.npy")
-        split[name] = images, labels, partition.deal(labels, n_clients, options.partition, options.seed)
+        split[name] = images, labels, partition.partition(labels, n_clients, options.partition, options.seed)
     parts = []
     for own, tested in zip(split["train"][2], split["test"][2], strict=True):
-        kept, held_out = partition.hold_out(own, VALIDATION_SHARE, options.seed)
+        kept, held_out = partition.split_off(own, VALIDATION_SHARE, options.seed)
         train_data, test_data = split["train"][:2], split["test"][:2]
         parts.append({"train": (*train_data, kept), "val": (*train_data, held_out), "test": (*test_data, tested)})
 

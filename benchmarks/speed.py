@@ -85,8 +85,8 @@ class Benchmark:
             self.predict_over_test = timeline.predict_over_test(report["turns"])
             sites, test = [timeline.without_predicted(site) for site in report["turns"]], report
         else:
-            logs = sorted((folder / "runs" / "run" / "workspace").glob("site-*/log.txt"))
-            sites = [timeline.read_turns(log.read_text(encoding="utf-8")) for log in logs]
+            files = sorted((folder / "runs" / "run" / "workspace").glob("site-*/simulate_job/progress.jsonl"))
+            sites = [timeline.read_turns(file.read_text(encoding="utf-8")) for file in files]
             test = json.loads((folder / "runs" / "run" / "results.json").read_text(encoding="utf-8"))["test"]
         n_images = sum(1 for _ in (images / "train").glob("*/*")) // (1 if partition == "none" else n_clients)
         n_train = n_images - round(n_images / 5)  # a fifth is for validation
@@ -142,10 +142,11 @@ class Benchmark:
 
     def client_memory(self, memory: measure.Memory) -> dict[str, Any]:
         """USS in bytes of a client process during the run just made: its median, early and late in the rounds."""
-        logs = (self.programs.project / "runs" / "run" / "workspace").glob("site-*/log.txt")
-        texts = [log.read_text(encoding="utf-8") for log in logs]
-        clients = set().union(*map(timeline.read_process_ids, texts))
-        rounds = [one for text in texts for one in timeline.split_rounds(timeline.read_turns(text))]
+        workspace = self.programs.project / "runs" / "run" / "workspace"
+        logs, files = workspace.glob("site-*/log.txt"), workspace.glob("site-*/simulate_job/progress.jsonl")
+        clients = set().union(*(timeline.read_process_ids(log.read_text(encoding="utf-8")) for log in logs))
+        turns = [timeline.read_turns(file.read_text(encoding="utf-8")) for file in files]
+        rounds = [one for site in turns for one in timeline.split_rounds(site)]
         first, last = min(one["train"] for one in rounds), max(one["end"] for one in rounds)
         seen = [
             (time, median(own[pid] for pid in clients & own.keys()))

@@ -1,7 +1,8 @@
-"""From a run's logs to its times. Pure: text and numbers in, numbers out.
+"""From what sites announce to the times of a run. Pure: text and numbers in, numbers out.
 
-A site's log has a line at each turn of client.py's loop; plain.py notes the same turns. A *round* is what lies between
-two such turns of one site: from "validate" to the next "validate", or, after the last round, to the final evaluation.
+A site's progress.jsonl has a line at each turn of client.py's loop; plain.py notes the same turns. A *round* is what
+lies between two such turns of one site: from "validate" to the next "validate", or, after the last round, to the final
+evaluation.
 So the costs add up to the wall without rest:
 
     wall = start + rounds * (round + steps * step)
@@ -11,19 +12,18 @@ So the costs add up to the wall without rest:
 - `step_s`: a training step: the time inside `fit` over its number of steps.
 """
 
+import json
 import re
-from datetime import datetime
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import mean
 
-TURNS = {
-    "--- validate global model ---": "validate",
-    "--- train new model ---": "train",
-    "--- test new model ---": "test",
-    "--- prediction with new model ---": "predict",
-    "--- evaluate global model ---": "evaluate",
+TURNS = {  # a phase that a site announces -> its name here
+    "validating": "validate",
+    "training": "train",
+    "testing": "test",
+    "predicting": "predict",
+    "evaluating": "evaluate",
 }
-_LINE = re.compile(rf"^(\d{{4}}-\S+ \S+,\d{{3}}) .*({'|'.join(map(re.escape, TURNS))})", re.MULTILINE)
 _ROUND = ("validate", "train", "test", "predict")
 
 
@@ -31,11 +31,13 @@ class IncompleteLog(Exception):
     """The turns are not those of whole rounds with an evaluation at the end."""
 
 
-def read_turns(log: str) -> list[tuple[float, str]]:
-    """A site's log as NVFlare writes it, in local time -> (seconds since 1970, one of TURNS' values), in order."""
-    return [
-        (datetime.strptime(time, "%Y-%m-%d %H:%M:%S,%f").timestamp(), TURNS[text]) for time, text in _LINE.findall(log)
-    ]
+def read_turns(progress: str) -> list[tuple[float, str]]:
+    """A site's progress.jsonl -> (seconds since 1970, one of TURNS' values), in order."""
+    records = [json.loads(line) for line in progress.splitlines()]
+    phases = [(record["time"], record["phase"]) for record in records if "phase" in record]
+    # An evaluation announces itself twice, for the validation and for the test images.
+    begins = [next(same) for _, same in groupby(phases, key=lambda turn: turn[1])]
+    return [(time, TURNS[phase]) for time, phase in begins if phase in TURNS]
 
 
 def read_process_ids(log: str) -> set[int]:

@@ -15,10 +15,10 @@ WHOLE_NUMBERS = {"num_clients": 1000, "rounds": 10000}  # from 1 to
 
 # A package of the project's name would hide the one that the project imports. Names to install and names to import.
 DEPENDENCIES = """
-    filelock grpc grpcio hypothesis jinja2 lightning lightning-fabric lightning-utilities matplotlib mlflow mypy numpy
-    nvflare packaging pillow pip platformdirs pooch protobuf psutil pytest pytorch pytorch-lightning pyyaml requests
-    rich ruff scikit-learn scipy setuptools sklearn tensorboard torch torchmetrics torchvision tqdm typing-extensions
-    wandb wheel yaml
+    click filelock grpc grpcio hypothesis jinja2 lightning lightning-fabric lightning-utilities matplotlib mlflow
+    mypy numpy nvflare packaging pillow pip platformdirs pooch protobuf psutil pytest pytorch pytorch-lightning
+    pyyaml requests rich ruff scikit-learn scipy setuptools sklearn tensorboard torch torchmetrics torchvision tqdm
+    typing-extensions wandb wheel yaml
 """
 
 

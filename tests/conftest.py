@@ -1,6 +1,5 @@
 """What all tests of the template share: its questions, and rendering it in-process, offline, into temporary folders."""
 
-import ast
 import json
 import os
 import re
@@ -66,10 +65,9 @@ class BakedProject:
         return (self.path / name).read_text(encoding="utf-8")
 
     def settings(self) -> dict:
-        """Return the names that settings.py defines, after checking that it does nothing but define constants."""
-        docstring, *statements = ast.parse(self.read("settings.py")).body
-        assert isinstance(ast.literal_eval(docstring.value), str)
-        return {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
+        """Return the project's name and the default of each of its options."""
+        found = runpy.run_path(str(self.path / "settings.py"))
+        return {"PROJECT_NAME": found["PROJECT_NAME"], **vars(found["Options"]())}
 
     def parse(self, name: str) -> None:
         """Raise if a file is not valid in its own language; also if nobody has said which language that is."""

@@ -15,15 +15,19 @@ import timeline
 import workload
 from conftest import TEMPLATE
 
-LOG = """\
-2026-03-01 10:00:05,000 - conn_manager - INFO - Connection [CN00002 127.0.0.1:1 => 127.0.0.1:2] is created: PID: 4711
-2026-03-01 10:00:10,500 - TaskScriptRunner - INFO - --- validate global model ---
-2026-03-01 10:00:11,000 - TaskScriptRunner - INFO - --- train new model ---
-2026-03-01 10:00:19,000 - rank_zero - INFO - `Trainer.fit` stopped: `max_epochs=1` reached.
-2026-03-01 10:00:21,000 - TaskScriptRunner - INFO - --- test new model ---
-2026-03-01 10:00:21,500 - TaskScriptRunner - INFO - --- prediction with new model ---
-2026-03-01 10:00:23,250 - TaskScriptRunner - INFO - [Site = site-1] --- evaluate global model ---
-"""
+LOG = "10:00:05 - conn_manager - INFO - Connection [CN00002 127.0.0.1:1 => 127.0.0.1:2] is created: PID: 4711"
+PHASES = {
+    5.0: "starting",
+    10.5: "validating",
+    11.0: "training",
+    21.0: "testing",
+    21.5: "predicting",
+    22.0: "waiting",
+    23.25: "evaluating",
+    24.0: "evaluating",
+}
+PROGRESS = [json.dumps({"time": time, "phase": phase}) for time, phase in PHASES.items()]
+PROGRESS.insert(3, json.dumps({"time": 12.0, "step": 3, "steps": 9, "speed": 0.3}))
 SECONDS = st.floats(0.01, 1000)
 
 
@@ -37,24 +41,24 @@ def made_of(start: float, rounds: int, validate: float, fit: float, test: float,
     return [*turns, (now, "evaluate")], now
 
 
-def test_a_log_is_read_in_order_with_its_milliseconds():
-    turns = timeline.read_turns(LOG)
+def test_what_a_site_announces_is_read_in_order():
+    turns = timeline.read_turns("\n".join(PROGRESS))
     assert [name for _, name in turns] == ["validate", "train", "test", "predict", "evaluate"]
     assert [round(time - turns[0][0], 3) for time, _ in turns] == [0, 0.5, 10.5, 11, 12.75]
     assert timeline.read_process_ids(LOG) == {4711}
 
 
 def test_a_round_ends_where_the_next_or_the_evaluation_begins():
-    (one,) = timeline.split_rounds(timeline.read_turns(LOG))
+    (one,) = timeline.split_rounds(timeline.read_turns("\n".join(PROGRESS)))
     assert one["test"] - one["train"] == 10
     assert one["end"] - one["validate"] == 12.75
 
 
-@pytest.mark.parametrize("lost", ["validate", "train", "test", "prediction", "evaluate"])
-def test_a_log_that_lacks_a_turn_is_refused(lost):
-    log = "".join(line for line in LOG.splitlines(keepends=True) if f"--- {lost}" not in line)
+@pytest.mark.parametrize("lost", ["validating", "training", "testing", "predicting", "evaluating"])
+def test_progress_that_lacks_a_turn_is_refused(lost):
+    kept = "\n".join(line for line in PROGRESS if lost not in line)
     with pytest.raises(timeline.IncompleteLog):
-        timeline.split_rounds(timeline.read_turns(log))
+        timeline.split_rounds(timeline.read_turns(kept))
 
 
 @given(start=SECONDS, end=SECONDS, rounds=st.integers(1, 5), validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
@@ -125,13 +129,10 @@ def test_a_part_has_the_same_share_of_each_class(tmp_path):
 
 
 SAME_IMAGES = """
-import argparse, torch, data, images
-options = argparse.Namespace(
-    dataset="image_folder", image_size=32, batch_size=7, n_clients=2, seed=0,
-    partition="none", alpha=1, shards_per_site=2, gpu=False,
-)
-classes = data.describe(options).classes
-textbook, project = (module.SiteDataModule("site-1", classes, options) for module in (data, images))
+import sys, torch, data, images
+from settings import Options
+options = Options(dataset="image_folder", data_root=sys.argv[1], batch_size=7, n_clients=2, partition="none", gpu=False)
+textbook, project = (module.SiteDataModule("site-1", options) for module in (data, images))
 for module in (textbook, project):
     module.setup()
 for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
@@ -145,8 +146,8 @@ assert len(textbook.train_dataloader()) == len(project.train_dataloader())
 def test_the_textbook_way_sees_the_same_images(tmp_path):
     data = workload.generate(tmp_path / "data", {"train": 10, "test": 2})
     programs = workload.Programs(tmp_path, batch_size=7, learning_rate=0.01)
-    environment = programs.environment | {"FL_DATA_ROOT": str(data)}
-    subprocess.run([sys.executable, "-c", SAME_IMAGES], cwd=programs.textbook, env=environment, check=True)
+    program = [sys.executable, "-c", SAME_IMAGES, str(data)]
+    subprocess.run(program, cwd=programs.textbook, env=programs.environment, check=True)
 
 
 @pytest.mark.slow

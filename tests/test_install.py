@@ -36,7 +36,7 @@ class Project:
         self.script = (PROJECT / "install.py").read_text(encoding="utf-8")
         self.index(NOWHERE)
         self.require("tiny>=1")
-        (self.path / "settings.py").write_text("USE_GPU = False\n", encoding="utf-8")
+        (self.path / "settings.py").write_text("class Options:\n    gpu = False\n", encoding="utf-8")
         (path / "bin").mkdir()
         (path / "bin" / "uv").write_text(UV.format(log=self.log, python=sys.executable), encoding="utf-8")
         (path / "bin" / "uv").chmod(0o755)
@@ -325,7 +325,7 @@ def test_the_default_pytorch_is_taken_where_that_index_does_not_answer_or_is_not
     elif why == "gpu":
         command.append("--gpu")
     elif why == "settings":
-        (project.path / "settings.py").write_text("USE_GPU = True\n", encoding="utf-8")
+        (project.path / "settings.py").write_text("class Options:\n    gpu = True\n", encoding="utf-8")
     elif why == "macOS":
         pretend = "import runpy, sys; sys.platform = 'darwin'"
         command = [sys.executable, "-c", f"{pretend}; runpy.run_path('install.py', run_name='__main__')"]

@@ -122,5 +122,5 @@ def test_what_is_typed_at_the_prompt_arrives_as_typed(tmp_path):
     settings = BakedProject(path).settings()
     assert path.name == "fl-7-7-touch-x-quoted-c-new"
     assert settings["PROJECT_NAME"] == name
-    assert settings["DATASET"] == "digits"
-    assert (settings["N_CLIENTS"], settings["NUM_ROUNDS"], settings["USE_GPU"]) == (3, 2, True)
+    assert settings["dataset"] == "digits"
+    assert (settings["n_clients"], settings["num_rounds"], settings["gpu"]) == (3, 2, True)

@@ -36,7 +36,7 @@ import dataclasses, importlib.machinery, sys
 def patch(module):
     if module.__name__ == "federation.site.catalog":
         source = dataclasses.replace(module.SOURCES["cifar10"], files=(({archive!r}, {md5!r}),), mirrors={mirrors!r})
-        module.SOURCES["cifar10"], module.fetch.READ_S = source, 0.5
+        module.SOURCES["cifar10"], sys.modules["federation.site.fetch"].READ_S = source, 0.5
     else:
         lists = [module.CIFAR10.train_list, module.CIFAR10.test_list, [module.CIFAR10.meta]]
         for entry in sum(lists, []):

@@ -48,7 +48,7 @@ def test_offline_without_the_packages_says_why_and_keeps_the_project(offline, tm
     hook.write_text(text.replace("{{cookiecutter | tojson | tojson}}", answers), encoding="utf-8")
     project = tmp_path / "eyes"
     shutil.copytree(PROJECT, project, ignore=shutil.ignore_patterns("__pycache__", "runs", ".venv", ".*_cache"))
-    (project / "settings.py").write_text("USE_GPU = False\n", encoding="utf-8")
+    (project / "settings.py").write_text("class Options:\n    gpu = False\n", encoding="utf-8")
     code, said = offline(str(bare / "bin" / "python"), str(hook), cwd=project, PATH="/usr/bin:/bin", PIP_RETRIES="0")
     assert code == 0, said
     assert "No answer: taking the default one" in said

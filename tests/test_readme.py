@@ -102,7 +102,7 @@ def test_every_flag_exists(project):
 def test_the_map_for_contributors_names_every_program_of_the_project():
     text = (TEMPLATE / "CONTRIBUTING.md").read_text(encoding="utf-8")
     programs = [path.relative_to(PROJECT) for path in PROJECT.rglob("*.py")]
-    missing = [path for path in programs if path.parts[0] not in ("tests", "deploy") and f"`{path.name}`" not in text]
+    missing = [path for path in programs if path.parts[0] not in ("tests", "deploy") and f"{path.name}`" not in text]
     assert missing == []
 
 

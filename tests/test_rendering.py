@@ -30,8 +30,12 @@ FILES = """
     federation/errors.py
     federation/exchange.py
     federation/launch/display.py
+    federation/launch/distribution.py
     federation/launch/fork_server.py
+    federation/launch/model_file.py
+    federation/launch/nvflare_log.py
     federation/launch/options.py
+    federation/launch/packages.py
     federation/launch/poc.py
     federation/launch/prod.py
     federation/launch/recipes.py
@@ -45,21 +49,19 @@ FILES = """
     federation/report/page.html.j2
     federation/report/page.py
     federation/report/plots.py
-    federation/run/check.py
     federation/run/folder.py
     federation/run/metrics.py
     federation/run/outcome.py
     federation/run/schema.py
     federation/run/timing.py
-    federation/run/workspace.py
     federation/server/aggregation.py
     federation/server/answers.py
     federation/server/audit.py
     federation/server/evaluation.py
-    federation/server/fedopt.py
     federation/server/heartbeat.py
     federation/site/catalog.py
     federation/site/fetch.py
+    federation/site/host.py
     federation/site/partition.py
     federation/site/progress.py
     federation/site/quick_start.py
@@ -86,6 +88,8 @@ FILES = """
     tests/test_federation.py
     tests/test_fetch.py
     tests/test_files.py
+    tests/test_host.py
+    tests/test_house.py
     tests/test_image_folder.py
     tests/test_job.py
     tests/test_model.py
@@ -139,8 +143,8 @@ def test_the_answers_are_in_settings(bake):
     settings = project.settings()
     assert project.path.name == "fl-our-eyes"
     assert settings["PROJECT_NAME"] == "Our eyes"
-    assert settings["DATASET"] == "digits"
-    assert (settings["N_CLIENTS"], settings["NUM_ROUNDS"], settings["USE_GPU"]) == (5, 7, True)
+    assert settings["dataset"] == "digits"
+    assert (settings["n_clients"], settings["num_rounds"], settings["gpu"]) == (5, 7, True)
 
 
 def test_the_slug_names_the_folder_and_the_package(bake):

@@ -1,10 +1,10 @@
 """What one site does: receive the global model, validate it, train it on its own images, test it, predict.
 
-NVFlare runs this file at every site. It is an ordinary Lightning script but for the lines marked (1) to (4).
+It is an ordinary Lightning script but for the lines marked (1) to (4). `main` is called once for each task of a site,
+by federation/site/host.py; NVFlare's own executor, which calls it once for all tasks, can run it as well.
 """
 
-import argparse
-from pathlib import Path
+import os
 from typing import Any
 
 import federation.site.quick_start  # noqa: F401 (Lightning starts sooner)
@@ -12,78 +12,34 @@ import federation.site.quick_start  # noqa: F401 (Lightning starts sooner)
 # isort: split
 import nvflare.client as flare_client
 import nvflare.client.lightning as flare  # (1) import NVFlare's Lightning client API
-import torch
-from nvflare.app_common.abstract.fl_model import MetaKey
-from nvflare.app_opt.lightning.api import FLCallback
-from pytorch_lightning import Callback, seed_everything
+from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
+from pytorch_lightning import LightningModule, seed_everything
 
-import model as models
 from data import SiteDataModule
-from federation.site.progress import Telemetry
-from trainer import make_trainer, training_seed
+from federation.protocol import HOLDS, PROGRESS, TEST_IMAGES, VAL_IMAGES
+from federation.site.progress import Progress
+from settings import Options
+from trainer import make_model, make_trainer, n_images, training_seed
 
-
-def define_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="One site of the federation. job.py says how it is called.")
-    parser.add_argument("--model_class", required=True)
-    parser.add_argument("--batch_size", type=int, required=True)
-    parser.add_argument("--num_rounds", type=int, required=True)
-    parser.add_argument("--local_epochs", type=int, required=True)
-    parser.add_argument("--learning_rate", type=float, required=True)
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--max_batches", type=int)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--image_size", type=int, required=True)
-    parser.add_argument("--partition", required=True)
-    parser.add_argument("--alpha", type=float, required=True)
-    parser.add_argument("--shards_per_site", type=int, required=True)
-    parser.add_argument("--n_clients", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--tracking", required=True)
-    return parser
+SHARE_VARIABLE = "FL_SHARE_COUNTS"  # a site that sets it to 1 tells how many images of each class it has
 
 
 def main() -> None:
-    args = define_parser().parse_args()
-
     flare.init()
-    site = flare.get_site_name()
-    print(f"batch_size={args.batch_size}, site={site}")
-    if args.gpu and not torch.cuda.is_available():
-        print("WARNING: --gpu was asked for, but this site has no CUDA GPU: training on the CPU")
-    classes = Path(__file__).with_name("classes.txt").read_text(encoding="utf-8").splitlines()
-
-    nvflares: list[Callback] = []  # its callback is kept: it holds SCAFFOLD's control variate
+    site, options = flare.get_site_name(), Options.of_job()
+    print(f"batch_size={options.batch_size}, site={site}")
     while flare.is_running():  # (3) one iteration per task; everything is created for that task
         input_model = flare.receive()  # (4) the global model; the patched trainer loads it by itself
         round_ = input_model.current_round or 0
-        data = SiteDataModule(site, classes, args)
-        data.prepare_data()
-        data.setup("fit")
-        model = getattr(models, args.model_class)(num_classes=len(classes), learning_rate=args.learning_rate)
-        model.num_rounds = args.num_rounds
-        data.round = model.round = round_
-        seed_everything(training_seed(args.seed, site, round_), verbose=False)
-
-        if flare_client.is_evaluate():  # the server asks what a global model is worth, nothing more
-            print(f"[Site = {site}] --- evaluate global model ---")
-            model.load_state_dict(input_model.params)
-            evaluator = make_trainer(args, args.local_epochs)
-            metrics: dict[str, float] = {"val_images": data.n_val, "test_images": data.n_test, **data.shared_counts()}
-            for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
-                metrics.update(result)
-            flare_client.send(flare_client.FLModel(metrics=metrics))
-            print("--- wait for the server ---")
+        data, model = open_data(site, options, round_), make_model(options, round_)
+        seed_everything(training_seed(options.seed, site, round_), verbose=False)
+        if flare_client.is_evaluate():
+            flare_client.send(evaluate(input_model, model, data, options))
             continue
-
-        # FedAvg weighs a site by its training images (McMahan et al. 2017); NVFlare's own default counts its steps.
-        # Validation metrics are weighted by the number of validation images.
-        counts = {MetaKey.NUM_STEPS_CURRENT_ROUND: data.n_train, "val_images": data.n_val}
-        model.__fl_meta__ = {**getattr(model, "__fl_meta__", {}), **counts}
-        trainer: Any = make_trainer(args, args.local_epochs, [Telemetry(args.tracking), *nvflares])
+        model.__fl_meta__ = {**getattr(model, "__fl_meta__", {}), **weights(data)}
+        progress = Progress(options.tracking, flare.get_config().get(PROGRESS))
+        trainer = make_trainer(options, options.local_epochs, [progress])
         flare.patch(trainer, restore_state=False)  # (2) patch the trainer
-        nvflares = [callback for callback in trainer.callbacks if isinstance(callback, FLCallback)]
-
         print(f"\n[Current Round={input_model.current_round}, Site = {site}]\n")
         print("--- validate global model ---")
         trainer.validate(model, datamodule=data)
@@ -93,7 +49,41 @@ def main() -> None:
         trainer.test(model, datamodule=data)
         print("--- prediction with new model ---")
         trainer.predict(model, datamodule=data)
-        print("--- wait for the server ---")
+
+
+def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
+    """The site's data, ready to use; each round shuffles it anew."""
+    data = SiteDataModule(site, options)
+    data.prepare_data()
+    data.setup("fit")
+    data.round = round_
+    return data
+
+
+def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, options: Options) -> FLModel:
+    """Answer an evaluation task: the metrics of the received model on the site's validation and test images.
+
+    The numbers of images, by which the server weighs them, go along, and those of each class where the site tells.
+    """
+    print("--- evaluate global model ---")
+    model.load_state_dict(received.params)
+    evaluator = make_trainer(options, 1, [Progress("none", flare.get_config().get(PROGRESS), evaluating=True)])
+    metrics: dict[str, Any] = {VAL_IMAGES: n_images(data, "val"), TEST_IMAGES: n_images(data, "test")}
+    if os.environ.get(SHARE_VARIABLE) == "1":
+        train, val = data.counts["train"], data.counts["val"]
+        metrics |= {f"{HOLDS}{name}": train.get(name, 0) + val.get(name, 0) for name in options.classes}
+    for result in evaluator.validate(model, datamodule=data) + evaluator.test(model, datamodule=data):
+        metrics.update(result)
+    return FLModel(metrics=metrics)
+
+
+def weights(data: SiteDataModule) -> dict[str, int]:
+    """What the server weighs the site by: its weights by its training images, its validation by those images.
+
+    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"; NVFlare's own
+    default counts training steps.
+    """
+    return {MetaKey.NUM_STEPS_CURRENT_ROUND: n_images(data, "train"), VAL_IMAGES: n_images(data, "val")}
 
 
 if __name__ == "__main__":

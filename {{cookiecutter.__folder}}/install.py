@@ -54,7 +54,7 @@ def main() -> None:
         print(f"{used} has all that is needed")
         return
     uv, linux = shutil.which("uv"), sys.platform == "linux"
-    gpu = importlib.import_module("settings").USE_GPU if options.gpu is None else options.gpu
+    gpu = importlib.import_module("settings").Options.gpu if options.gpu is None else options.gpu
     if options.plan:
         size = "about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had" if linux else "about 1.5 GB"
         size = "about 6 GB" if linux and gpu else size

@@ -1,9 +1,11 @@
 """Run a federation: `python job.py`. All flags: `python job.py --help`.
 
-Command line -> data -> recipe -> simulator, POC or sites -> `runs/<name>/` with the final model and `results.json`.
+Options -> data -> recipe -> simulator, POC or sites -> `runs/<name>/` with the final model and `results.json`.
 """
 
-import argparse
+import federation.launch.packages  # noqa: F401 (first: without them, nothing below works)
+
+# isort: split
 import dataclasses
 import os
 import shutil
@@ -14,51 +16,53 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federation.errors import RunError, UserError, exit_code
-from federation.launch.options import ALGORITHMS, PROJECT, check_model, parse, validate
+from federation.launch.model_file import check_model
+from federation.launch.options import PROJECT, parse
+from federation.launch.resume import Start
 from federation.protocol import write_json
-from federation.run.folder import new_run, point_latest_to
+from federation.run.folder import RunFolder
+from settings import ALGORITHMS, Options
 
 if TYPE_CHECKING:  # Lightning takes seconds
-    from data import Holdings
+    from federation.launch.distribution import Distribution
 
-START = time.monotonic()
+STARTED = time.monotonic()
 
 
 def main() -> int:
-    options = parse()
-    validate(options)
+    options, start = parse()
     os.chdir(PROJECT)
     check_model(options.model_class)
     if options.check:
         return check(options)
-    holdings = get_data(options)
-    if options.resume:
-        from federation.launch import resume
-
-        resume.check(options, holdings)
+    distribution = get_data(options)
+    start.check(options, distribution)
     if options.export:
-        export(options, holdings)
+        export(options, distribution, start)
     elif options.prepare_only:
         print(f"{options.dataset} is ready")
     else:
-        federate(options, holdings, new_run(options.name, options.overwrite))
+        federate(options, distribution, start, RunFolder.create(options.name, options.overwrite))
     return 0
 
 
-def get_data(options: argparse.Namespace) -> "Holdings":
-    """Fetch and convert what is missing, and say who holds what: data.py's `Holdings`."""
+def get_data(options: Options) -> "Distribution":
+    """Fetch and convert what is missing, find out which images each site has, and set `options.classes`."""
     import federation.site.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
-    import data
+    from federation.launch import distribution
 
     if options.env == "prod":  # the images are at the sites
-        return data.Holdings(data.known_classes(options), {}, {})
-    data.prepare(options)
-    return data.describe(options)
+        found = distribution.Distribution(distribution.known_classes(options), {}, {})
+    else:
+        distribution.prepare(options)
+        found = distribution.describe(options)
+    options.classes = found.classes
+    return found
 
 
-def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) -> dict[str, Any]:
+def federate(options: Options, distribution: "Distribution", start: Start, run: RunFolder) -> dict[str, Any]:
     """Run the federation and return its result, which is in `results.json` too.
 
     Raises:
@@ -67,7 +71,8 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     import torch
 
     import results
-    from federation.launch import display, resume, simulator, tracking
+    from federation.launch import display, simulator, tracking
+    from federation.launch.nvflare_log import root_cause
     from federation.run import outcome, schema
 
     torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
@@ -75,115 +80,118 @@ def federate(options: argparse.Namespace, holdings: "Holdings", folder: Path) ->
     if has_gpu and not options.gpu:
         print("A GPU is present but not used: --gpu switches it on")
     if options.gpu and not has_gpu:
-        print("WARNING: --gpu was asked for, but there is no CUDA GPU here: training on the CPU")
-
+        print("WARNING: --gpu was given, but there is no CUDA GPU here: training on the CPU")
+    if options.env != "prod":  # the same bits need the same number, so that a user may set it
+        threads = os.environ.get("OMP_NUM_THREADS") or simulator.threads_per_client(options.n_clients)
+        options.threads = int(threads)
     try:
-        write_json(folder / "partition.json", dataclasses.asdict(holdings))
-        job = build_job(options, holdings, folder)
+        write_json(run.partition, dataclasses.asdict(distribution))
+        environment = tracking.environment(options.tracking, run)
+        write_job(options, distribution, start, run, environment)
     except BaseException:  # nothing has run: nothing is lost, and the name is free again
-        shutil.rmtree(folder)
+        shutil.rmtree(run.path)
         raise
-    if holdings.counts:
-        results.show_holdings(holdings.counts)
+    if distribution.counts:
+        results.show_distribution(distribution.counts)
     print(
-        f"\nrun {folder}: {ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, rounds: {options.num_rounds}, "
-        f"log: {folder}/log.txt"
+        f"\nrun {run.path}: {ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, "
+        f"rounds: {options.num_rounds}, log: {run.log}"
     )
-    if options.resume:
-        print(resume.note(options))
+    if start.run:
+        print(start.note(options))
 
-    logs = {site: folder / "workspace" / site / "log.txt" for site in holdings.sites}  # real sites keep theirs
-    run_job = simulator.simulate
+    launch = simulator.simulate
     if options.env == "poc":
-        from federation.launch.poc import rehearse as run_job
+        from federation.launch.poc import rehearse as launch
     elif options.env == "prod":
-        from federation.launch.prod import submit as run_job
+        from federation.launch.prod import submit as launch
+    sites = options.site_names or list(distribution.sites)
     try:
-        with display.follow(logs, options.num_rounds, options.verbose, options.first_round) as follow:
-            run_job(job, folder, options, follow)
-        names = options.sites or list(holdings.sites)
-        brought = outcome.bring_home(folder, options.num_rounds, names, options.patience, options.env != "sim")
+        with display.follow(
+            run, list(distribution.sites), options.num_rounds, options.verbose, start.first_round
+        ) as follow:
+            launch(run, options, environment, follow)
+        collected = outcome.collect(run, options, sites)
     except RunError as error:
-        raise RunError(outcome.failure(folder, error)) from None
+        raise RunError(outcome.failure(run, error, bool(root_cause(run.workspace)))) from None
     finally:
-        tracking.gather(options.tracking, folder)
-    shared = brought.pop("counts")  # real sites: each decides whether it tells
+        tracking.collect(options.tracking, run)
+    shared = collected.pop("counts")  # real sites: each decides whether it tells
     device = torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu"
-    threads = int(os.environ.get("OMP_NUM_THREADS") or simulator.threads_per_client(options.n_clients))
-    result = schema.compose(
-        options, brought, device, None if options.env == "prod" else threads, time.monotonic() - START
-    )
+    result = schema.compose(options, collected, device, time.monotonic() - STARTED, start.resumed, start.stages)
     try:  # before anything is printed: whatever goes wrong with that, the result is there
-        write_json(folder / "results.json", result, indent=2)
+        write_json(run.results, result, indent=2)
         if shared:
-            write_json(folder / "partition.json", dataclasses.asdict(dataclasses.replace(holdings, counts=shared)))
+            write_json(run.partition, dataclasses.asdict(dataclasses.replace(distribution, counts=shared)))
     except OSError as error:
-        raise RunError(f"cannot write the results into {folder}: {error.strerror}") from None
-    point_latest_to(folder)
-    tracking.add_global_curves(options.tracking, folder, result)
+        raise RunError(f"cannot write the results into {run.path}: {error.strerror}") from None
+    run.point_latest()
+    tracking.add_global_curves(options.tracking, run, result, environment)
     if shared:
-        results.show_holdings(shared)
+        results.show_distribution(shared)
     results.show(result)
-    print(f"{folder}/results.json has all figures, {folder}/{result['model']} the model")
+    print(f"{run.results} has all figures, {run.path}/{result['model']} the model")
     return result
 
 
-def build_job(options: argparse.Namespace, holdings: "Holdings", run: Path) -> Path:
-    """Write the job, which is all that the server and the sites get, into a run's folder, and return its own folder."""
+def write_job(
+    options: Options, distribution: "Distribution", start: Start, run: RunFolder, environment: dict[str, str]
+) -> None:
+    """Write the job, which is all that the server and the sites get, into a run's folder."""
     from federation.launch import recipes, tracking
 
-    recipe = recipes.build(options, holdings, run)
-    tracking.add_tracking(recipe, options.tracking, run)
-    recipe.export(str(run))
-    return run / recipe.name
+    recipe = recipes.build(options, distribution, start, run)
+    tracking.add_tracking(recipe, options.tracking, run, environment)
+    recipe.export(str(run.path))
 
 
-def export(options: argparse.Namespace, holdings: "Holdings") -> None:
+def export(options: Options, distribution: "Distribution", start: Start) -> None:
     """Write the job for real sites to `options.export`: what a submission sends, to be reviewed or submitted."""
     sys.argv = sys.argv[:1]  # NVFlare has an --export of its own, and warns
-    from federation.launch import prod
+    from federation.launch import session, tracking
 
     # Not a run, but within the project: NVFlare bundles files only by a relative path.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=".") as folder:
-        run = Path(os.path.relpath(folder)) / (options.name or Path(options.export).name)
-        run.mkdir()
-        job = build_job(options, holdings, run)
-        prod.address(job, options.sites)
+        run = RunFolder(Path(os.path.relpath(folder)) / (options.name or Path(options.export or "").name))
+        run.path.mkdir()
+        write_job(options, distribution, start, run, tracking.environment(options.tracking, run))
+        session.address(run.job, options.site_names)
         try:
-            shutil.copytree(job, options.export)
+            shutil.copytree(run.job, options.export or "")
         except OSError as error:
             raise UserError(f"--export: {options.export} cannot be written: {error}") from None
     print(f"{options.export} is the job: submit it with  nvflare job submit -j {options.export} --startup-kit KIT")
 
 
-def check(options: argparse.Namespace) -> int:
-    """One short round, on digits where the chosen data cannot be had, judged by its outcome."""
+def check(options: Options) -> int:
+    """One short round, on digits where the chosen data is not available, judged by its outcome; the exit code."""
     options.n_clients, options.num_rounds, options.local_epochs = min(options.n_clients, 4), 1, 1
     options.total_rounds = 1
     options.max_batches = 4
     try:
         try:
-            holdings = get_data(options)
+            distribution = get_data(options)
         except UserError as error:
             print(f"{error}\nChecking with digits instead.")
-            options.dataset, options.partition = "digits", "iid"
-            os.environ.pop("FL_DATA_ROOT", None)
-            holdings = get_data(options)
-        folder = new_run(options.name, options.overwrite)
-        result = federate(options, holdings, folder)
-        from federation.run.check import find_fault
+            options.dataset, options.partition, options.data_root = "digits", "iid", None
+            distribution = get_data(options)
+        run = RunFolder.create(options.name, options.overwrite)
+        result = federate(options, distribution, Start(), run)
+        from federation.run import outcome
 
-        if fault := find_fault(folder, result, list(holdings.sites), len(holdings.classes)):
-            raise RunError(f"{fault}\nThe whole log: {folder}/log.txt")
+        if fault := outcome.find_fault(run, result, options, list(distribution.sites)):
+            raise RunError(f"{fault}\nThe whole log: {run.log}")
     except (UserError, RunError, OSError) as error:
         print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
         return 1
     print(f"\nA check trains on {options.max_batches} batches per site: the accuracy above says nothing yet")
-    print(f"CHECK PASSED in {time.monotonic() - START:.0f} s: one round, {options.n_clients} sites, {options.dataset}")
+    print(
+        f"CHECK PASSED in {time.monotonic() - STARTED:.0f} s: one round, {options.n_clients} sites, {options.dataset}"
+    )
     return 0
 
 
 if __name__ == "__main__":
     code = exit_code("job.py", main)
     sys.stdout.flush()
-    os._exit(code)  # to take PyTorch's modules apart one by one, as sys.exit does, lasts two seconds
+    os._exit(code)  # skip interpreter teardown, which takes 2 s with PyTorch

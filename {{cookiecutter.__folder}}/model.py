@@ -3,12 +3,12 @@
 Replace them, or add your own: `--model NAME` takes any LightningModule that is defined here. What the rest of the
 project relies on:
 
-- `NAME(num_classes, learning_rate)` builds it, on the server too;
+- `NAME(num_classes, options)` builds it, on the server too; `options` are those of settings.py;
 - `validation_step` logs `val_acc` and `val_loss`, `test_step` logs `test_acc` and `test_loss`;
 - all that is learned is in its `state_dict()`: that is what travels. Each round makes the model anew.
 
-What a model may use, or not care about: before each `fit` its attributes `round` (from 0) and `num_rounds` are set,
-for what changes over the whole run, and torch's random numbers are seeded, for dropout and augmentation.
+What a model may use, or not care about: its attribute `round` (from 0) is set, for what changes over the whole run of
+`options.total_rounds`, and before each `fit` torch's random numbers are seeded, for dropout and augmentation.
 """
 
 import math
@@ -21,6 +21,8 @@ import torch.optim as optim
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torchmetrics import Accuracy
+
+from settings import Options
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # of LitResNet
@@ -62,9 +64,9 @@ class Net(nn.Module):
 class LitNet(LightningModule):
     """`Net` with its loss, metrics and optimizer. A batch is (images, labels): float (B, 3, S, S), int64 (B,)."""
 
-    def __init__(self, num_classes: int = 10, learning_rate: float = 0.01):
+    def __init__(self, num_classes: int, options: Options):
         super().__init__()
-        self.save_hyperparameters()
+        self.options = options
         self.model = Net(num_classes)
         self.train_acc = Accuracy(task="multiclass", num_classes=num_classes)
         self.valid_acc = Accuracy(task="multiclass", num_classes=num_classes)
@@ -103,7 +105,7 @@ class LitNet(LightningModule):
         return self.evaluate(batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return optim.SGD(self.parameters(), lr=self.hparams["learning_rate"], momentum=MOMENTUM, fused=True)
+        return optim.SGD(self.parameters(), lr=self.options.learning_rate, momentum=MOMENTUM, fused=True)
 
 
 class LitResNet(LitNet):
@@ -119,14 +121,14 @@ class LitResNet(LitNet):
       the mirror, such as a letter, needs `augment` without the flip.
     """
 
-    def __init__(self, num_classes: int = 10, learning_rate: float = 0.01):
-        super().__init__(num_classes, learning_rate)
+    def __init__(self, num_classes: int, options: Options):
+        super().__init__(num_classes, options)
         from torchvision.models import resnet18  # here, since the import takes seconds that LitNet does not need
 
         self.model = resnet18(num_classes=num_classes, norm_layer=lambda channels: nn.GroupNorm(32, channels))
         self.model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         self.model.maxpool = nn.Identity()
-        self.round, self.num_rounds = 0, 1
+        self.round = 0
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         x, labels = batch
@@ -135,7 +137,7 @@ class LitResNet(LitNet):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = optim.SGD(
             self.parameters(),
-            lr=self.hparams["learning_rate"],
+            lr=self.options.learning_rate,
             momentum=MOMENTUM,
             weight_decay=WEIGHT_DECAY,
             fused=True,
@@ -144,7 +146,7 @@ class LitResNet(LitNet):
 
         def share(step: int) -> float:
             """The learning rate as a share of the first one, after so many steps of this round."""
-            return 0.5 * (1 + math.cos(math.pi * (self.round + step / steps) / self.num_rounds))
+            return 0.5 * (1 + math.cos(math.pi * (self.round + step / steps) / (self.options.total_rounds or 1)))
 
         schedule = optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -9,21 +9,19 @@ from typing import Any
 
 import images
 import torch
-from images import Holdings, describe, pooled, prepare  # noqa: F401 what the other programs use
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-torch.set_num_threads(os.cpu_count() or 1)  # PyTorch's default, which the project's job.py lowers
 TRANSFORM = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
     """Arrays in memory, an image at a time, like torchvision.datasets.CIFAR10."""
 
-    def __init__(self, part: images.Part):
-        self.pixels = part.images[part.indices].transpose(0, 2, 3, 1)
-        self.labels = part.labels[part.indices]
+    def __init__(self, part: images.Images):
+        self.pixels = part.images[part.rows].transpose(0, 2, 3, 1)
+        self.labels = part.labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,6 +31,10 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
 
 
 class SiteDataModule(images.SiteDataModule):
+    def setup(self, stage: str | None = None) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)  # PyTorch's default, which the project lowers
+        super().setup(stage)
+
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader[Any]:
         images, size = Images(self.parts[part]), self.options.batch_size
         return DataLoader(images, batch_size=size, shuffle=shuffle, num_workers=2)  # by name: Lightning makes it anew

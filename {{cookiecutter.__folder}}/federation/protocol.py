@@ -1,6 +1,7 @@
 """What one process writes and another reads: the names, and how such a file is written.
 
-Files are written whole: whoever reads one finds the old content or the new, never a part. JSON is strict, without NaN.
+Files are written whole: whoever reads one finds the old content or the new, never a part, and the old where writing
+has failed (OSError). JSON is strict: a number that is not finite becomes null.
 """
 
 import json
@@ -21,6 +22,12 @@ FAILURE = "failure.json"  # why the server ended the run: its `reason`
 AUDIT_LOG = "receipt.jsonl"  # what came from each site: server/audit.py
 FINAL, BEST = "final.pt", "best.pt"  # state dicts of the global model
 
+# The file in which a site (site/progress.py) and the server (phases starting and done) announce what they are doing.
+PROGRESS = "progress.jsonl"
+STARTING, VALIDATING, TRAINING, TESTING = "starting", "validating", "training", "testing"
+PREDICTING, EVALUATING, WAITING, DONE = "predicting", "evaluating", "waiting", "done"
+PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITING)  # of a site
+
 # Keys of a site's answers.
 METRIC = "val_acc"  # by which models are compared
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
@@ -31,35 +38,41 @@ LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has taken
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a value as JSON; a number that is not finite becomes null.
-
-    Raises:
-        OSError: it cannot be written. What was there before is still there.
-    """
+    """Write a value as JSON."""
     text = json.dumps(finite(value), indent=indent, allow_nan=False)
     _replace(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Append a value as one line of JSON; a number that is not finite becomes null."""
+    """Append a value as one line of JSON."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
+class JsonLines:
+    """A file of JSON lines, which may come into being later: each `read` returns the values of new, complete lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.position = path, 0
+
+    def read(self) -> list[Any]:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.position)
+                lines = [line for line in file if line.endswith(b"\n")]
+        except FileNotFoundError:
+            return []
+        self.position += sum(map(len, lines))
+        return [json.loads(line) for line in lines]
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """The values of all lines that are complete; none if there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return JsonLines(path).read()
 
 
 def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Write a state dict with `torch.save`.
-
-    Raises:
-        OSError: it cannot be written. What was there before is still there.
-    """
+    """Write a state dict with `torch.save`."""
     import torch
 
     _replace(path, lambda unfinished: torch.save(tensors, unfinished))

@@ -1,6 +1,5 @@
 """What all tests share: no network, no surroundings of the user's, a cache folder of their own."""
 
-import argparse
 import dataclasses
 import os
 import pty
@@ -18,24 +17,13 @@ import pytest
 from federation.errors import UserError
 from federation.site import catalog
 from mirrors import Mirror, StandIn, make_bloodmnist, make_cifar10, make_fashion_mnist, md5
+from settings import Options
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else what a background job starts ignores Ctrl-C
 
 PROJECT = Path(__file__).resolve().parent.parent
 SURROUNDINGS = ("FL_DATA_ROOT", "FL_SHARE_COUNTS", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-OPTIONS = {
-    "model_class": "LitNet",
-    "dataset": "digits",
-    "image_size": 32,
-    "partition": "iid",
-    "alpha": 0.5,
-    "shards_per_site": 2,
-    "n_clients": 2,
-    "seed": 0,
-    "batch_size": 16,
-    "gpu": False,
-}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,10 +66,11 @@ def permissions_bind(tmp_path) -> None:
 
 @pytest.fixture
 def options():
-    """Makes a command line's options: small defaults, and what a test changes."""
+    """Makes the options of a run: small defaults, and what a test changes."""
 
-    def make(**changes) -> argparse.Namespace:
-        return argparse.Namespace(**{**OPTIONS, **changes})
+    def make(**changes) -> Options:
+        classes = list("0123456789") if changes.get("dataset", "digits") == "digits" else []
+        return Options(**{"dataset": "digits", "n_clients": 2, "gpu": False, "classes": classes, **changes})
 
     return make
 

@@ -18,6 +18,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 ARCHIVE = "cifar-10-python.tar.gz"  # of CIFAR-10
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def md5(content: bytes) -> str:
@@ -48,7 +49,7 @@ def make_cifar10() -> StandIn:
         name: pickle.dumps({"data": images.reshape(20, 1, -1).repeat(3, 1).reshape(20, -1), "labels": labels.tolist()})
         for name, (images, labels) in parts.items()
     }
-    pickles["batches.meta"] = pickle.dumps({"label_names": [f"digit {i}" for i in range(10)]})
+    pickles["batches.meta"] = pickle.dumps({"label_names": CIFAR10_CLASSES})
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, content in pickles.items():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
 from nvflare.app_common.abstract.model import make_model_learnable
@@ -14,7 +15,8 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from federation.errors import RunError
-from federation.server.aggregation import SITES, OrderedMean, mean_metrics
+from federation.exchange import add_up, mean_metrics
+from federation.server.aggregation import SITES, OrderedMean
 from federation.server.answers import AnswerCheck
 from federation.server.evaluation import FinalEvaluation
 
@@ -57,8 +59,8 @@ def test_the_order_of_arrival_changes_no_bit():
     orders = list(itertools.permutations(results()))
     means = {mean_of(order).params["w"].tobytes() for order in orders}
     assert len(means) == 1
-    summed_as_they_come = {sum(site.params["w"] for site in order).tobytes() for order in orders}
-    assert len(summed_as_they_come) > 1  # these numbers do tell an order from another
+    summed_on_arrival = {sum(site.params["w"] for site in order).tobytes() for order in orders}
+    assert len(summed_on_arrival) > 1  # with these numbers, the order matters
 
 
 def test_a_round_forgets_the_one_before():
@@ -104,6 +106,25 @@ def test_a_mean_says_what_it_is_made_of():
     assert sites["site-3"]["metrics"] == results()[3].metrics
 
 
+def test_a_mean_that_is_sent_to_all_sites_says_nothing_about_their_images():
+    """Of two sites, each would know the other's number from the total."""
+    meta = mean_of(results()).meta
+    del meta[SITES]  # FinalEvaluation takes it out
+    assert not {MetaKey.NUM_STEPS_CURRENT_ROUND, "val_images"} & meta.keys()
+
+
+def test_one_answer_for_several_sites_is_worth_as_much_as_theirs():
+    """Added up in two steps, the mean is the same but for rounding."""
+    sites = {result.meta["client_name"]: result for result in results()}
+    first, *others = sites
+    both = {"first": sites[first], "others": add_up({name: sites[name] for name in others})}
+    whole, in_steps = add_up(sites), add_up(both)
+    assert in_steps.meta[MetaKey.NUM_STEPS_CURRENT_ROUND] == sum(IMAGES.values())
+    assert in_steps.metrics == pytest.approx(whole.metrics)
+    for name, value in whole.params.items():
+        np.testing.assert_allclose(in_steps.params[name], value, rtol=1e-4, atol=1e-6)
+
+
 def evaluate(folder, rounds: list[dict], final: dict, first_round: int = 0, n_sites: int = 2) -> tuple[dict, list]:
     """Play a run: the accuracy of each site, by its name, for what each round began with, and for the final model.
 
@@ -139,7 +160,10 @@ def evaluate(folder, rounds: list[dict], final: dict, first_round: int = 0, n_si
         assert SITES not in result.meta  # it would be sent to every site
         global_model(number + 1)
         check.handle_event(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE, context)
+    evaluation.handle_event(EventType.START_RUN, context)
     evaluation.run()
+    phases = [json.loads(line)["phase"] for line in (folder / "progress.jsonl").read_text().splitlines()]
+    assert phases == ["starting", "done"]
     report = json.loads((folder / "evaluation.json").read_text())
     kept = {
         "final": "final.pt",
@@ -173,7 +197,7 @@ def test_the_best_model_is(tmp_path, case):
     assert evaluated == asked  # the sites test the best model only where it is not the last one
 
 
-def test_a_run_that_goes_on_begins_with_a_trained_model(tmp_path):
+def test_a_resumed_run_begins_with_a_trained_model(tmp_path):
     report, evaluated = evaluate(tmp_path, [both(0.8), both(0.4)], both(0.6), first_round=2)
     assert (report["final"]["round"], report["best"]["round"], evaluated) == (4, 2, [4, 2])
 
@@ -189,7 +213,7 @@ def test_two_models_are_compared_by_the_sites_that_validated_both(tmp_path):
     assert report["best"]["round"] == 1
 
 
-def test_the_record_of_a_round_has_what_each_site_said(tmp_path):
+def test_the_record_of_a_round_has_what_each_site_reported(tmp_path):
     evaluate(tmp_path, [{"site-1": 0.25, "site-2": 0.75}], both(0.5))
     (record,) = map(json.loads, (tmp_path / "rounds.jsonl").read_text().splitlines())
     assert (record["round"], record["metrics"], record["rejected"]) == (0, {"val_acc": 0.5}, [])

@@ -1,4 +1,4 @@
-"""What the server does with a site's answer: it trusts none of it."""
+"""What the server does with a site's answer: it does not trust it."""
 
 import json
 from types import SimpleNamespace
@@ -149,7 +149,7 @@ UNSOUND_EVALUATIONS = {
     "a test accuracy beyond one": (evaluated(test_acc=2.0), "test_acc is 2, which is not within 0 to 1"),
     "text for images of a class": (evaluated(**{"holds cat": "many"}), "holds cat is str, not a number"),
     "a fraction of an image": (evaluated(**{"holds cat": 0.5}), "holds cat is float, not a whole number"),
-    "a class that is none": (evaluated(**{"holds [/x]": 1}), "it has images of an unknown class '[/x]'"),
+    "an unknown class": (evaluated(**{"holds [/x]": 1}), "it has images of an unknown class '[/x]'"),
 }
 
 
@@ -165,7 +165,7 @@ def test_fedopts_sites_send_their_change_and_nothing_else(server):
     assert server.receive(trained()) == "it does not have what was asked for, WEIGHT_DIFF"
 
 
-def test_an_answer_that_is_none_of_nvflares_is_rejected(server):
+def test_an_answer_in_another_format_is_rejected(server):
     assert server().receive(Shareable()).startswith("it cannot be checked (")
 
 
@@ -192,7 +192,7 @@ def test_scaffolds_control_variates_are_checked_as_well(server, controls, reason
     assert server("scaffold").receive(answer) == reason
 
 
-def test_a_site_that_nobody_knows_beforehand_announces_its_images_with_its_first_answer(server):
+def test_an_unknown_site_announces_its_images_with_its_first_answer(server):
     server = server(images=None)
     assert server.receive(trained(**{COUNT: 500}), site="north") is None
     server.fire(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE)

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from conftest import PROJECT, data_error, names_in
 from federation.site import catalog
 from federation.site.catalog import open_split, prepare
-from mirrors import ARCHIVE, good, md5
+from mirrors import ARCHIVE, CIFAR10_CLASSES, good, md5
 
 # ---- what comes out
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "fashion_mnist", "bloodmnist"])
 @pytest.mark.parametrize("image_size", [32, 28])
-def test_a_data_set_becomes_colour_images_of_the_size_asked_for(
+def test_a_data_set_becomes_color_images_of_the_size_asked_for(
     dataset, image_size, mirror, publish, stand_ins, empty_cache
 ):
     stand_in = publish(dataset, mirror(good).url)
@@ -36,17 +37,17 @@ def test_a_data_set_becomes_colour_images_of_the_size_asked_for(
 def test_pixels_stay_as_they_are_at_the_data_sets_own_size(dataset, own_size, mirror, publish, empty_cache):
     stand_in = publish(dataset, mirror(good).url)
     images = stand_in.train[0]
-    colour = images if images.ndim == 4 else images[..., np.newaxis].repeat(3, axis=3)
+    color = images if images.ndim == 4 else images[..., np.newaxis].repeat(3, axis=3)
     opened = open_split(prepare(dataset, None, own_size), "train")
-    assert np.array_equal(opened.images, colour.transpose(0, 3, 1, 2))
+    assert np.array_equal(opened.images, color.transpose(0, 3, 1, 2))
 
 
-def test_the_classes_of_cifar10_come_from_its_archive(mirror, publish, empty_cache):
+def test_the_known_classes_of_cifar10_are_those_of_its_archive(mirror, publish, empty_cache):
     publish("cifar10", mirror(good).url)
-    assert open_split(prepare("cifar10", None, 32), "train").classes == [f"digit {i}" for i in range(10)]
+    assert open_split(prepare("cifar10", None, 32), "train").classes == CIFAR10_CLASSES
 
 
-@pytest.mark.parametrize(("dataset", "n_classes"), [("fashion_mnist", 10), ("bloodmnist", 8)])
+@pytest.mark.parametrize(("dataset", "n_classes"), [("cifar10", 10), ("fashion_mnist", 10), ("bloodmnist", 8)])
 def test_every_label_has_a_class(dataset, n_classes, mirror, publish, empty_cache):
     publish(dataset, mirror(good).url)
     opened = open_split(prepare(dataset, None, 32), "train")
@@ -64,7 +65,7 @@ def test_the_known_classes_of_a_public_data_set_are_those_of_its_images():
     from torchvision.datasets import FashionMNIST
 
     known = {name: list(source.classes) for name, source in catalog.SOURCES.items()}
-    assert known["digits"] == open_split(prepare("digits", None, 32), "train").classes
+    assert known["digits"] == [str(name) for name in load_digits().target_names]
     assert known["fashion_mnist"] == [name.replace("/", " or ") for name in FashionMNIST.classes]
     assert [len(known[name]) for name in ("cifar10", "bloodmnist")] == [10, 8]
 
@@ -144,7 +145,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_made_good(
     server = mirror(good)
     stand_in = publish("cifar10", server.url)
     with monkeypatch.context() as patch, pytest.raises(interruption):
-        patch.setattr(catalog, "_write_classes", interrupted)
+        patch.setattr(catalog, "_square", interrupted)
         prepare("cifar10", None, 32)
     assert names_in(empty_cache) == [ARCHIVE, "cifar10-32px.lock"]
     assert open_split(prepare("cifar10", None, 32), "test").labels.tolist() == stand_in.test[1].tolist()
@@ -155,7 +156,7 @@ DIE_WHILE_CONVERTING = """
 import os
 from federation.site import catalog
 
-catalog._write_classes = lambda *args: os._exit(9)
+catalog._square = lambda *args: os._exit(9)
 catalog.prepare("digits", None, 32)
 """
 

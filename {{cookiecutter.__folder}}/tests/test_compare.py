@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import compare
-import data
-import results
 from federation.errors import exit_code
+from federation.launch.distribution import describe
 from federation.run import schema
+from federation.run.folder import RunFolder
 
 ACCURACY = 0.5  # of the global model, as these tests have it
 
@@ -21,30 +21,26 @@ ACCURACY = 0.5  # of the global model, as these tests have it
 @pytest.fixture
 def run(tmp_path, monkeypatch, options):
     """run(**changes): the folder of a run, with the files that job.py leaves there, and its result."""
-    monkeypatch.setattr(results, "RUNS", tmp_path)
+    monkeypatch.setattr("federation.run.folder.RUNS", tmp_path)
 
     def make(**changes):
         made = options(**{"num_rounds": 1, "local_epochs": 1, "learning_rate": 0.01, **changes})
         folder = tmp_path / "first"
         folder.mkdir()
-        holdings = data.describe(made)
-        (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)))
+        distribution = describe(made)
+        (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(distribution)))
         sites = {
             site: {"accuracy": ACCURACY, "loss": 1.0, "images": len(own["test"])}
-            for site, own in holdings.sites.items()
+            for site, own in distribution.sites.items()
         }
         result = {
-            "dataset": made.dataset,
-            "model_class": made.model_class,
-            **{name: getattr(made, name) for name in schema.CONFIGURATION},
-            "max_batches": None,
-            "env": "sim",
+            **made.of_run(),
             "device": "cpu",
             "rounds": [{"round": number, "accuracy": ACCURACY, "sites": {}} for number in range(made.num_rounds + 1)],
             "test": {"accuracy": ACCURACY, "sites": sites},
         }
         (folder / "results.json").write_text(json.dumps(result))
-        return folder, schema.read(folder)
+        return folder, schema.read(RunFolder(folder))
 
     return make
 
@@ -81,7 +77,7 @@ def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
 
 def test_the_same_run_gives_the_same_figures(run):
     folder, result = run()
-    assert compare.compare(folder, result) == compare.compare(folder, result)
+    assert compare.compare(RunFolder(folder), result) == compare.compare(RunFolder(folder), result)
 
 
 def test_every_mean_is_that_of_the_federated_figure(run):
@@ -89,7 +85,7 @@ def test_every_mean_is_that_of_the_federated_figure(run):
     folder, result = run(n_clients=3, partition="dirichlet", alpha=0.3)
     images = {site: test["images"] for site, test in result["test"]["sites"].items()}
     assert len(set(images.values())) > 1
-    rows = compare.compare(folder, result)["rows"]
+    rows = compare.compare(RunFolder(folder), result)["rows"]
     for key in ("centralised", "alone"):
         values = [rows[key]["sites"][site] for site in images]
         assert rows[key]["all"] == pytest.approx(np.average(values, weights=list(images.values())))
@@ -100,7 +96,7 @@ def test_every_mean_is_that_of_the_federated_figure(run):
 def test_a_site_alone_knows_only_its_own_classes(run):
     """With a shard of few classes each, a site is good on its own test images and poor on everyone's."""
     folder, result = run(partition="shards", shards_per_site=1, local_epochs=5)
-    rows = compare.compare(folder, result)["rows"]
+    rows = compare.compare(RunFolder(folder), result)["rows"]
     assert rows["alone"]["all"] > rows["alone_on_all"]["all"] + 0.2
     assert max(rows["alone_on_all"]["sites"].values()) < 0.65  # five or six of ten classes
 
@@ -108,12 +104,12 @@ def test_a_site_alone_knows_only_its_own_classes(run):
 def test_rounds_and_local_epochs_are_one_budget(run):
     folder, result = run(num_rounds=2, local_epochs=1)
     turned = {**result, "num_rounds": 1, "local_epochs": 2, "rounds": result["rounds"][:2]}
-    assert compare.compare(folder, result) == compare.compare(folder, turned)
+    assert compare.compare(RunFolder(folder), result) == compare.compare(RunFolder(folder), turned)
 
 
 def test_the_rounds_that_were_trained_count_and_not_those_that_were_asked_for(run):
     folder, result = run(num_rounds=3)
-    assert compare.compare(folder, {**result, "rounds": result["rounds"][:2]})["epochs"] == 1
+    assert compare.compare(RunFolder(folder), {**result, "rounds": result["rounds"][:2]})["epochs"] == 1
 
 
 def test_the_runs_that_led_to_a_model_are_one_budget(run):
@@ -121,7 +117,7 @@ def test_the_runs_that_led_to_a_model_are_one_budget(run):
     stage = {"batch_size": 16, "learning_rate": 0.01}
     stages = [{"rounds": 1, "local_epochs": 1, **stage}, {"rounds": 1, "local_epochs": 3, **stage}]
     folder, result = run(num_rounds=2, local_epochs=3)
-    assert compare.compare(folder, {**result, "stages": stages})["epochs"] == 4
+    assert compare.compare(RunFolder(folder), {**result, "stages": stages})["epochs"] == 4
 
 
 def test_a_run_that_changed_its_learning_rate_on_the_way_is_refused(run, program):
@@ -137,13 +133,13 @@ def test_the_baselines_have_the_threads_of_the_sites(run, monkeypatch):
     asked = []
     monkeypatch.setattr("torch.set_num_threads", asked.append)
     folder, result = run(n_clients=1)
-    compare.compare(folder, {**result, "threads": 3})
+    compare.compare(RunFolder(folder), {**result, "threads": 3})
     assert asked == [3]
 
 
 def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
     folder, result = run()
-    compare.compare(folder, {**result, "max_batches": 4})
+    compare.compare(RunFolder(folder), {**result, "max_batches": 4})
     assert "centralised: trained on 1149 images, epochs: 1, steps: 4, " in capsys.readouterr().out
 
 
@@ -190,8 +186,8 @@ def refused(program, folder, *arguments) -> str:
 
 
 def test_no_run_is_refused(run, program, tmp_path):
-    assert "there is no runs/latest: finish a run with python job.py" in refused(program, tmp_path)
-    assert "there is no runs/other" in refused(program, tmp_path, "other")
+    assert "latest/results.json is not there: finish a run with python job.py" in refused(program, tmp_path)
+    assert "other/results.json is not there" in refused(program, tmp_path, "other")
 
 
 def test_a_run_of_real_sites_is_refused(run, program):

@@ -6,7 +6,6 @@ Most tests read images that carry their own number, so that what a loader yields
 import gc
 import importlib.util
 import math
-import sys
 import weakref
 from itertools import combinations
 from pathlib import Path
@@ -14,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning import LightningModule, Trainer
 
 import data
 from conftest import data_error
-from federation.site.partition import SCHEMES, site_names
+from federation.launch import distribution
+from federation.site.partition import site_names
+from settings import PARTITIONS
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 N_TRAIN, N_TEST = 200, 40
 N_SITES = 3
-DISJOINT = [scheme for scheme in SCHEMES if scheme != "none"]
+DISJOINT = [scheme for scheme in PARTITIONS if scheme != "none"]
 
 
 @pytest.fixture(scope="session")
@@ -39,18 +41,18 @@ def numbered_images(tmp_path_factory):
 
 
 @pytest.fixture
-def run(numbered_images, monkeypatch, options):
+def run(numbered_images, options):
     """run(**changes): the options of a run over the numbered images."""
-    monkeypatch.setenv("FL_DATA_ROOT", str(numbered_images))
 
     def make(**changes):
-        return options(**{"dataset": "image_folder", "image_size": 2, "n_clients": N_SITES, **changes})
+        images = {"dataset": "image_folder", "data_root": str(numbered_images), "image_size": 2}
+        return options(**{**images, "n_clients": N_SITES, "classes": CLASSES, **changes})
 
     return make
 
 
-def opened(site: str | None, run, classes: list[str] = CLASSES) -> data.SiteDataModule:
-    module = data.SiteDataModule(site, classes, run)
+def opened(site: str | None, run) -> data.SiteDataModule:
+    module = data.SiteDataModule(site, run)
     module.setup()
     return module
 
@@ -77,13 +79,13 @@ def labels_of(*loaders) -> torch.Tensor:
 
 
 def test_batches_are_float_images_and_integer_labels(options):
-    images, labels = next(iter(opened("site-1", options(), [str(i) for i in range(10)]).train_dataloader()))
+    images, labels = next(iter(opened("site-1", options()).train_dataloader()))
     assert (images.shape, images.dtype) == ((16, 3, 32, 32), torch.float32)
     assert (labels.shape, labels.dtype) == ((16,), torch.int64)
 
 
 def test_pixels_go_from_minus_one_to_one(options):
-    module = opened("site-1", options(), [str(i) for i in range(10)])
+    module = opened("site-1", options())
     every = torch.cat([images for images, _ in module.val_dataloader()])
     assert every.min().item() == pytest.approx(-1)
     assert every.max().item() == pytest.approx(1)
@@ -100,7 +102,7 @@ def test_the_last_batch_has_what_is_left(batch_size, run):
     module = opened("site-1", run(batch_size=batch_size, partition="none"))
     sizes = [len(labels) for _, labels in module.train_dataloader()]
     assert len(module.train_dataloader()) == len(sizes) == math.ceil(160 / batch_size)
-    assert sum(sizes) == module.n_train == 160
+    assert sum(sizes) == len(module.indices["train"]) == 160
     assert set(sizes[:-1]) <= {batch_size}
     assert 1 <= sizes[-1] <= batch_size
 
@@ -129,7 +131,7 @@ def test_every_pass_yields_every_training_image_once(run):
     module = opened("site-1", run())
     loader = module.train_dataloader()
     for _ in range(3):
-        assert sorted(numbers(loader)) == module.parts["train"].indices.tolist()
+        assert sorted(numbers(loader)) == module.indices["train"].tolist()
 
 
 def test_passes_differ_in_their_order(run):
@@ -165,7 +167,7 @@ def test_seed_site_round_and_pass_tell_the_order_whoever_asks(run):
 def test_the_key_of_an_order_is_the_same_in_every_process(run):
     module = opened("site-1", run(seed=5))
     module.round = 3
-    assert module.train_dataloader().shuffle == (5, 0x73E3AF25, 3)  # the CRC-32 of "site-1"
+    assert module.train_dataloader().sampler.key == (5, 0x73E3AF25, 3)  # the CRC-32 of "site-1"
 
 
 @pytest.mark.parametrize("name", ["val", "test", "predict"])
@@ -180,7 +182,7 @@ def test_images_for_evaluation_keep_their_order(name, run):
 # ---- nothing that a model is judged by is trained on
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 def test_no_site_trains_on_an_image_that_any_site_validates_on(scheme, run):
     trained, validated = set(), set()
     for module in modules(run(partition=scheme)):
@@ -191,7 +193,7 @@ def test_no_site_trains_on_an_image_that_any_site_validates_on(scheme, run):
     assert trained | validated == set(range(N_TRAIN))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 def test_no_site_trains_or_validates_on_a_test_image(scheme, run):
     for module in modules(run(partition=scheme)):
         for images, _ in (*module.train_dataloader(), *module.val_dataloader()):
@@ -208,28 +210,28 @@ def test_no_two_sites_share_an_image(scheme, name, run):
 
 
 @pytest.mark.parametrize("scheme", DISJOINT)
-def test_every_test_image_is_dealt(scheme, run):
-    dealt = [number for module in modules(run(partition=scheme)) for number in numbers(module.test_dataloader())]
-    assert sorted(dealt) == list(range(N_TEST))
+def test_every_test_image_is_some_sites(scheme, run):
+    tested = [number for module in modules(run(partition=scheme)) for number in numbers(module.test_dataloader())]
+    assert sorted(tested) == list(range(N_TEST))
 
 
 def test_with_none_every_site_has_all_images_and_validates_on_the_same(run):
     every = modules(run(partition="none"))
-    assert all(module.n_train + module.n_val == N_TRAIN and module.n_test == N_TEST for module in every)
+    assert all([sum(n.values()) for n in module.counts.values()] == [160, 40, N_TEST] for module in every)
     assert len({tuple(numbers(module.val_dataloader())) for module in every}) == 1
 
 
 def test_a_fifth_of_a_sites_images_is_for_validation(run):
     module = opened("site-1", run(partition="none"))
-    assert (module.n_train, module.n_val) == (160, 40)
+    assert (len(module.indices["train"]), len(module.indices["val"])) == (160, 40)
 
 
 @pytest.mark.parametrize("stage", [None, "fit", "validate", "test", "predict"])
 def test_every_stage_has_the_same_split(stage, run):
-    module = data.SiteDataModule("site-1", CLASSES, run())
+    module = data.SiteDataModule("site-1", run())
     module.setup(stage)
-    held = data.describe(run()).sites["site-1"]
-    assert {name: part.indices.tolist() for name, part in module.parts.items()} == held
+    expected = distribution.describe(run()).sites["site-1"]
+    assert {part: rows.tolist() for part, rows in module.indices.items()} == expected
 
 
 def test_setting_up_again_changes_nothing(run):
@@ -248,42 +250,41 @@ def test_a_site_tests_on_the_mixture_of_classes_that_it_trains_on(run):
         assert (torch.bincount(tested, minlength=4) - expected).abs().max() <= 1
 
 
-# ---- who holds what
+# ---- the distribution over the sites
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 def test_the_description_lists_what_each_site_reads(scheme, run):
-    held = data.describe(run(partition=scheme))
+    found = distribution.describe(run(partition=scheme))
     for module in modules(run(partition=scheme)):
-        assert held.sites[module.site] == {name: part.indices.tolist() for name, part in module.parts.items()}
+        assert found.sites[module.site] == {part: rows.tolist() for part, rows in module.indices.items()}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 def test_the_counts_are_those_of_the_batches(scheme, run):
-    held = data.describe(run(partition=scheme))
+    found = distribution.describe(run(partition=scheme))
     for module in modules(run(partition=scheme)):
         labels = labels_of(module.train_dataloader(), module.val_dataloader())
-        assert list(held.counts[module.site].values()) == torch.bincount(labels, minlength=4).tolist()
+        assert list(found.counts[module.site].values()) == torch.bincount(labels, minlength=4).tolist()
 
 
 def test_the_description_knows_the_classes_and_sites(run):
-    held = data.describe(run())
-    assert held.classes == CLASSES
-    assert list(held.sites) == list(held.counts) == site_names(N_SITES)
-    assert sum(sum(counts.values()) for counts in held.counts.values()) == N_TRAIN
+    found = distribution.describe(run())
+    assert found.classes == CLASSES
+    assert list(found.sites) == list(found.counts) == site_names(N_SITES)
+    assert sum(sum(counts.values()) for counts in found.counts.values()) == N_TRAIN
 
 
 def test_the_description_is_plain_numbers_for_a_json_file(run):
-    held = data.describe(run())
-    assert {type(i) for lists in held.sites.values() for indices in lists.values() for i in indices} == {int}
-    assert {type(n) for counts in held.counts.values() for n in counts.values()} == {int}
+    found = distribution.describe(run())
+    assert {type(i) for lists in found.sites.values() for indices in lists.values() for i in indices} == {int}
+    assert {type(n) for counts in found.counts.values() for n in counts.values()} == {int}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 @pytest.mark.parametrize("name", ["train", "val", "test"])
-def test_pooled_data_is_what_the_sites_hold_together(scheme, name, run):
-    pooled = data.pooled(CLASSES, run(partition=scheme))
-    pooled.setup()
+def test_pooled_data_is_what_the_sites_have_together(scheme, name, run):
+    pooled = opened(None, run(partition=scheme))
     loader = f"{name}_dataloader"
     together = set().union(*(numbers(getattr(module, loader)()) for module in modules(run(partition=scheme))))
     assert sorted(numbers(getattr(pooled, loader)())) == sorted(together)
@@ -298,13 +299,13 @@ def failure(site: str, run) -> str:
 
 @pytest.mark.parametrize("site", ["site-4", "hospital", "site-0"])
 @pytest.mark.parametrize("scheme", DISJOINT)
-def test_a_site_that_nothing_is_dealt_to_is_named(site, scheme, run):
+def test_a_site_that_gets_no_part_is_named(site, scheme, run):
     message = failure(site, run(partition=scheme))
     assert site in message and "--partition none" in message
 
 
 def test_with_none_a_site_may_have_any_name(run):
-    assert opened("hospital of the north", run(partition="none")).n_test == N_TEST
+    assert opened("hospital of the north", run(partition="none")).counts["test"] == dict.fromkeys(CLASSES, N_TEST // 4)
 
 
 @pytest.mark.parametrize("changes", [{"n_clients": 101}, {"partition": "dirichlet", "n_clients": 21}], ids=str)
@@ -312,22 +313,27 @@ def test_more_sites_than_the_images_allow_are_refused(changes, run):
     assert "fewer" in failure("site-1", run(**changes))
 
 
-def test_a_site_with_a_single_image_cannot_validate(tmp_path, monkeypatch, run):
+def test_a_site_with_a_single_image_cannot_validate(tmp_path, run):
     for split in ("train", "test"):
         (tmp_path / split / "ant").mkdir(parents=True)
         Image.new("RGB", (2, 2)).save(tmp_path / split / "ant" / "0.png")
-    monkeypatch.setenv("FL_DATA_ROOT", str(tmp_path))
-    assert "site-1" in failure("site-1", run(partition="none"))
+    message = failure("site-1", run(partition="none", data_root=str(tmp_path)))
+    assert "site-1: 1 image(s) cannot be split: 2 are needed" in message
 
 
-def test_the_example_of_other_data_is_standardized_by_a_sites_own_training_rows(options):
-    path = Path(__file__).with_name("tabular") / "data.py"
-    spec = importlib.util.spec_from_file_location("tabular_data", path)
-    tabular = importlib.util.module_from_spec(spec)
-    sys.modules["tabular_data"] = tabular  # dataclasses look their module up
-    spec.loader.exec_module(tabular)
+@pytest.fixture
+def tabular():
+    """The example of other data, as a module."""
+    spec = importlib.util.spec_from_file_location("tabular_data", Path(__file__).with_name("tabular") / "data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_of_other_data_is_standardized_by_a_sites_own_training_rows(options, tabular):
     run = options()
-    for module in (*(tabular.SiteDataModule(site, [], run) for site in ("site-1", "site-2")), tabular.pooled([], run)):
+    for module in (tabular.SiteDataModule(site, run) for site in ("site-1", "site-2", None)):
+        module.setup()
         rows = torch.cat([batch for batch, _ in module.train_dataloader()])
         assert rows.mean(dim=0).abs().max() < 1e-3
         assert (rows.std(dim=0, correction=0) - 1).abs().max() < 1e-3
@@ -335,13 +341,25 @@ def test_the_example_of_other_data_is_standardized_by_a_sites_own_training_rows(
         assert others.mean(dim=0).abs().max() > 1e-2  # not of the rows that judge the model
 
 
-@pytest.mark.parametrize("shuffle", [None, (1, 2, 3)], ids=["in order", "shuffled"])
-def test_a_device_of_its_own_gets_the_same_batches(shuffle, run):
+def test_the_example_of_other_data_is_partitioned_like_images(options, tabular, monkeypatch):
+    monkeypatch.setattr(distribution, "SiteDataModule", tabular.SiteDataModule)
+    found = distribution.describe(options(n_clients=3, partition="dirichlet"))
+    assert found.classes == ["malignant", "benign"]  # in its own order, which is that of the labels
+    for part, n_rows in (("test", 114), ("train", 364), ("val", 91)):
+        rows = [row for site in found.sites.values() for row in site[part]]
+        assert len(rows) == len(set(rows)) == pytest.approx(n_rows, abs=2)
+    assert sum(sum(counts.values()) for counts in found.counts.values()) == 455
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_device_of_its_own_gets_the_same_batches(name, run):
     """As on a GPU: the images are copied to the device once, and sliced there. Here the device is the processor."""
-    part = opened("site-2", run(partition="iid")).parts["train"]
-    shared, copied = data.Batches(part, 7, shuffle), data.Batches(part, 7, shuffle, torch.device("cpu"))
+    shared, copied = opened("site-2", run(batch_size=7)), data.SiteDataModule("site-2", run(batch_size=7))
+    copied.device = torch.device("cpu")
+    copied.setup()
+    loaders = [getattr(module, f"{name}_dataloader")() for module in (shared, copied)]
     for _ in range(2):
-        for (images, labels), (own_images, own_labels) in zip(shared, copied, strict=True):
+        for (images, labels), (own_images, own_labels) in zip(*loaders, strict=True):
             assert torch.equal(images, own_images) and torch.equal(labels, own_labels)
             own_images.zero_()  # what is kept on the device does not change with a batch
 
@@ -354,13 +372,38 @@ def test_a_gpu_is_used_only_where_it_is_asked_for_and_present(run, monkeypatch):
 
 
 def test_what_is_on_a_device_leaves_it_with_the_data_of_its_task(options):
-    """Each task makes its data anew: a copy that stayed behind would fill a GPU."""
+    """Each task makes its data afresh: a copy that stayed behind would fill a GPU."""
     copies = []
     for _ in range(2):
-        module = data.SiteDataModule("site-1", [str(i) for i in range(10)], options())
+        module = data.SiteDataModule("site-1", options())
+        module.device = torch.device("cpu")
         module.setup("fit")
-        next(iter(data.Batches(module.parts["train"], 4, device=torch.device("cpu"))))
-        copies.append(weakref.ref(module.parts["train"].on(torch.device("cpu"))[0]))
+        next(iter(module.train_dataloader()))
+        copies.append(weakref.ref(module.parts["train"].copy[0]))
         del module
     gc.collect()
     assert [copy() for copy in copies] == [None, None]
+
+
+def test_a_loader_leaves_torchs_own_random_numbers_alone(run):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    module = opened("site-1", run())
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        numbers(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_lightning_trainer_predicts_every_test_image_in_its_order(run):
+    class Echo(LightningModule):
+        def predict_step(self, batch, batch_index):
+            return colours(batch[0])[:, 0]
+
+    module = opened("site-1", run())
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert torch.cat(trainer.predict(Echo(), datamodule=module)).tolist() == module.indices["test"].tolist()
+
+
+def test_the_module_has_its_own_classes_where_the_federations_are_not_known(run):
+    module = opened("site-1", run(classes=[]))
+    assert [list(counts) for counts in module.counts.values()] == [CLASSES] * 3

@@ -1,33 +1,46 @@
-"""What the screen shows of a run: by the logs that the sites write, on a terminal and elsewhere."""
+"""What the screen shows of a run: by what the sites announce, on a terminal and elsewhere."""
 
 import io
 import re
 import sys
 
 import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
 from rich.console import Console
 
 from conftest import HIDE, PROJECT, SHOW, on_a_terminal
-from federation.launch.display import Progress, duration, follow
-
-TIME = "2026-01-01 10:00:00,000 - TaskScriptRunner - INFO - "
-
-
-@pytest.fixture
-def site(tmp_path):
-    """Write lines to a site's log, as NVFlare does with what client.py prints."""
-
-    def write(name, *lines):
-        with (tmp_path / f"{name}.txt").open("a") as log:
-            log.writelines(f"{TIME}{line}\n" for line in lines)
-
-    return write
+from federation.launch.display import Overview, duration, follow
+from federation.protocol import PHASES, append_json, read_json_lines
+from federation.run.folder import RunFolder
+from federation.site import progress
 
 
 @pytest.fixture
-def progress(tmp_path):
+def run(tmp_path):
+    return RunFolder(tmp_path)
+
+
+@pytest.fixture
+def site(run):
+    """Let a site announce phases, by their names, and speeds: (step, steps, speed)."""
+
+    def announce(name, *announcements):
+        file = run.progress(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for each in announcements:
+            if isinstance(each, str):
+                progress.announce(file, each)
+            else:
+                append_json(file, dict(zip(("time", "step", "steps", "speed"), (0.0, *each), strict=True)))
+
+    return announce
+
+
+@pytest.fixture
+def overview(run):
     def make(n_sites=2, num_rounds=3):
-        return Progress({f"site-{i + 1}": tmp_path / f"site-{i + 1}.txt" for i in range(n_sites)}, num_rounds)
+        return Overview(run, [f"site-{i + 1}" for i in range(n_sites)], num_rounds)
 
     return make
 
@@ -42,139 +55,196 @@ def record(number, accuracy, rejected=(), **sites):
     return {"round": number, "metrics": metrics, "sites": own, "rejected": list(rejected)}
 
 
-def screen(progress, now=0.0, width=80):
+def screen(overview, now=0.0, width=80):
     console = Console(width=width, height=24, file=io.StringIO(), record=True)
-    console.print(progress.picture(now))
+    console.print(overview.picture(now))
     return [line.rstrip() for line in console.export_text().rstrip("\n").split("\n")]
 
 
 STEPS = {
-    "--- validate global model ---": "validating",
-    "--- train new model ---": "training",
-    "step 24 of 96, 12.5 steps/s": "training, step 24 of 96, 12.5 steps/s",
-    "--- test new model ---": "sent, testing",
-    "--- prediction with new model ---": "sent, predicting",
-    "--- wait for the server ---": "sent, waiting",
-    "[Site = site-1] --- evaluate global model ---": "evaluating",
+    "starting": "starting",
+    "validating": "validating",
+    "training": "training",
+    (24, 96, 12.54): "training, step 24 of 96, 12.5 steps/s",
+    "testing": "testing",
+    "predicting": "predicting",
+    "waiting": "waiting",
+    "evaluating": "evaluating",
 }
 
 
-def test_each_step_of_a_round_is_shown(progress, site):
-    run = progress(1)
-    run.update([], 0.0)
-    assert any(line.split() == ["site-1", "starting"] for line in screen(run))
-    for line, shown in STEPS.items():
-        site("site-1", line)
-        run.update([], 0.0)
-        assert any(row.split(maxsplit=1) == ["site-1", shown] for row in screen(run)), line
+def test_each_phase_of_a_round_is_shown(overview, site):
+    assert set(STEPS) > set(PHASES)
+    shown = overview(1)
+    shown.update([], 0.0)
+    assert any(line.split() == ["site-1", "starting"] for line in screen(shown))
+    for announced, words in STEPS.items():
+        site("site-1", announced)
+        shown.update([], 0.0)
+        assert any(row.split(maxsplit=1) == ["site-1", words] for row in screen(shown)), announced
 
 
-def test_the_log_is_read_in_whole_lines(progress, site, tmp_path):
-    run = progress(1)
-    with (tmp_path / "site-1.txt").open("a") as log:
-        log.write(f"{TIME}--- train new")
-        log.flush()
-        run.update([], 0.0)
-        assert "starting" in "\n".join(screen(run))
-        log.write(" model ---\n")
-    run.update([], 0.0)
-    assert "training" in "\n".join(screen(run))
+def test_what_is_announced_is_read_in_whole_lines(overview, run, site):
+    shown = overview(1)
+    site("site-1")
+    with run.progress("site-1").open("a") as file:
+        file.write('{"time": 0.0, "phase": "trai')
+        file.flush()
+        shown.update([], 0.0)
+        assert "starting" in "\n".join(screen(shown))
+        file.write('ning"}\n')
+    shown.update([], 0.0)
+    assert "training" in "\n".join(screen(shown))
 
 
-def test_the_client_prints_what_the_display_looks_for():
-    from federation.launch.display import STATES
+class Model(LightningModule):
+    """One weight, four images of one pixel."""
 
-    text = (PROJECT / "client.py").read_text()
-    for words in STATES:
-        assert words in text
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def loader(self):
+        return torch.utils.data.DataLoader(torch.ones(4, 1), batch_size=1)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+
+    def training_step(self, batch):
+        return (self.weight * batch).sum()
+
+    def validation_step(self, batch):
+        pass
+
+    test_step = validation_step
+
+    def predict_step(self, batch):
+        return batch
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_a_new_round_begins_without_the_speed_of_the_last(progress, site):
-    run = progress(1)
-    site("site-1", "--- train new model ---", "step 96 of 96, 12.5 steps/s", "--- validate global model ---")
-    site("site-1", "--- train new model ---")
-    run.update([], 0.0)
-    assert any(line.split() == ["site-1", "training"] for line in screen(run))
+def work_with(callback):
+    """What client.py does with a trainer, but that `fit` validates, too."""
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer, model = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], **quiet), Model()
+    for act in (trainer.validate, trainer.fit, trainer.test, trainer.predict):
+        act(model)
 
 
-def test_a_round_gives_a_line_and_the_newest_accuracies(progress, site):
-    run = progress()
-    site("site-1", "--- validate global model ---")
-    assert run.update([], 100.0) == []
-    lines = run.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 110.0)
+class TestASite:
+    def test_announces_what_its_trainer_does_and_how_fast_it_trains(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(progress, "FIRST_SPEED_S", 0.0)
+        work_with(progress.Progress("none", tmp_path / "progress.jsonl"))
+        records = read_json_lines(tmp_path / "progress.jsonl")
+        phases = [record["phase"] for record in records if "phase" in record]
+        assert phases == ["validating", "training", "testing", "predicting"]
+        speeds = [record for record in records if "step" in record]
+        assert [(record["step"], record["steps"]) for record in speeds] == [(1, 8), (8, 8)]  # one in 2 s, and the last
+        assert all(record["speed"] > 0 for record in speeds)
+        times = [record["time"] for record in records]
+        assert times == sorted(times)
+
+    def test_has_one_phase_in_an_evaluation(self, tmp_path):
+        work_with(progress.Progress("none", tmp_path / "progress.jsonl", evaluating=True))
+        records = read_json_lines(tmp_path / "progress.jsonl")
+        assert {record["phase"] for record in records if "phase" in record} == {"evaluating"}
+
+    def test_announces_nothing_without_a_file(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        work_with(progress.Progress("none", None))
+        progress.announce(None, "starting")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_round_begins_without_the_speed_of_the_last(overview, site):
+    shown = overview(1)
+    site("site-1", "training", (96, 96, 12.5), "validating")
+    shown.update([], 0.0)
+    assert shown.fraction() == 0
+    site("site-1", "training")
+    shown.update([], 0.0)
+    assert any(line.split() == ["site-1", "training"] for line in screen(shown))
+
+
+def test_a_round_gives_a_line_and_the_newest_accuracies(overview, site):
+    shown = overview()
+    site("site-1", "validating")
+    assert shown.update([], 100.0) == []
+    lines = shown.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 110.0)
     assert lines == ["round 1 of 3 done in 10 s, accuracy 0.250 untrained, 20 s left"]
-    assert run.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 111.0) == []
-    shown = "\n".join(screen(run, 115.0))
-    assert "round 2 of 3" in shown and "15 s left" in shown
-    assert [line.split()[:3] for line in shown.split("\n")[2:]] == [
+    assert shown.update([record(0, 0.25, site_1=0.2, site_2=0.3)], 111.0) == []
+    lines = screen(shown, 115.0)
+    assert "round 2 of 3" in lines[1] and "15 s left" in lines[1]
+    assert [line.split()[:3] for line in lines[2:]] == [
         ["site-1", "accuracy", "0.200"],
         ["site-2", "accuracy", "0.300"],
     ]
 
 
-def test_rounds_that_end_between_two_looks_have_a_line_each(progress):
-    run = progress()
+def test_rounds_that_end_between_two_looks_have_a_line_each(overview):
+    shown = overview()
     records = [record(number, 0.5) for number in range(3)]
-    assert [line.split(" done")[0] for line in run.update(records, 1.0)] == [f"round {n} of 3" for n in (1, 2, 3)]
-    assert "final evaluation" in "\n".join(screen(run))
+    assert [line.split(" done")[0] for line in shown.update(records, 1.0)] == [f"round {n} of 3" for n in (1, 2, 3)]
+    assert "final evaluation" in "\n".join(screen(shown))
 
 
-def test_an_accuracy_names_the_model_that_it_is_of(progress):
+def test_an_accuracy_names_the_model_that_it_is_of(overview):
     """The sites validate a global model when the next round begins, so that the newest one is not known yet."""
-    run = progress()
-    assert "accuracy 0.100 untrained" in run.update([record(0, 0.1)], 1.0)[0]
-    assert "accuracy 0.100 untrained" in "\n".join(screen(run))
-    assert "accuracy 0.600 after round 1" in run.update([record(0, 0.1), record(1, 0.6)], 2.0)[0]
-    assert "accuracy 0.600 after round 1" in "\n".join(screen(run))
+    shown = overview()
+    assert "accuracy 0.100 untrained" in shown.update([record(0, 0.1)], 1.0)[0]
+    assert "accuracy 0.100 untrained" in "\n".join(screen(shown))
+    assert "accuracy 0.600 after round 1" in shown.update([record(0, 0.1), record(1, 0.6)], 2.0)[0]
+    assert "accuracy 0.600 after round 1" in "\n".join(screen(shown))
 
 
-def test_a_rejected_answer_is_told_below_its_round(progress):
+def test_a_rejected_answer_is_told_below_its_round(overview):
     reason = "tensor model.fc1.weight is not finite"
     rejected = [{"round": 0, "site": "site-2", "task": "train", "reason": reason}]
-    lines = progress().update([record(0, 0.25, rejected, site_1=0.25)], 1.0)
+    lines = overview().update([record(0, 0.25, rejected, site_1=0.25)], 1.0)
     assert lines[1:] == [f"site-2: the server rejected its answer: {reason}"]
 
 
-def test_the_first_rounds_time_comes_from_its_steps(progress, site):
-    run = progress(2, num_rounds=2)
-    site("site-1", "--- train new model ---", "step 50 of 100, 5.0 steps/s")
-    site("site-2", "--- train new model ---", "step 25 of 100, 2.5 steps/s")
-    run.update([], 0.0)
-    run.update([], 10.0)
-    assert run.time_left(10.0) == "1 min 10 s left"  # a quarter in 10 s: 40 s a round
+def test_the_first_rounds_time_comes_from_its_steps(overview, site):
+    shown = overview(2, num_rounds=2)
+    site("site-1", "training", (50, 100, 5.0))
+    site("site-2", "training", (25, 100, 2.5))
+    shown.update([], 0.0)
+    shown.update([], 10.0)
+    assert shown.time_left(10.0) == "1 min 10 s left"  # a quarter in 10 s: 40 s a round
 
 
-def test_metrics_of_other_names_are_no_fault(progress):
-    run = progress()
+def test_metrics_of_other_names_are_no_fault(overview):
+    shown = overview()
     other = {"round": 0, "metrics": {}, "sites": {}}
-    assert "accuracy - untrained" in run.update([other], 0.0)[0]
-    screen(run)
+    assert "accuracy - untrained" in shown.update([other], 0.0)[0]
+    screen(shown)
 
 
 @pytest.mark.parametrize("n_sites", [1, 2, 12, 16, 100, 1000])
 @pytest.mark.parametrize("width", [80, 40])
-def test_it_fits_the_screen(progress, site, n_sites, width):
-    run = progress(n_sites)
+def test_it_fits_the_screen(overview, site, n_sites, width):
+    shown = overview(n_sites)
     for i in range(n_sites):
         site(f"site-{i + 1}", *list(STEPS)[: i % 8])
     sites = {f"site_{i + 1}": 0.5 for i in range(n_sites)}
-    run.update([record(0, 0.5, **sites)], 1.0)
-    shown = screen(run, 2.0, width)
-    assert len(shown) <= 20
-    assert max(map(len, shown)) <= width
+    shown.update([record(0, 0.5, **sites)], 1.0)
+    lines = screen(shown, 2.0, width)
+    assert len(lines) <= 20
+    assert max(map(len, lines)) <= width
 
 
-def test_many_sites_are_counted_by_what_they_do(progress, site):
-    run = progress(16)
+def test_many_sites_are_counted_by_what_they_do(overview, site):
+    shown = overview(16)
     for i in range(5):
-        site(f"site-{i + 1}", "--- train new model ---")
-    run.update([], 0.0)
-    counted = [line.split()[:3] for line in screen(run)[2:]]
+        site(f"site-{i + 1}", "training")
+    shown.update([], 0.0)
+    counted = [line.split()[:3] for line in screen(shown)[2:]]
     assert counted == [["11", "sites", "starting"], ["5", "sites", "training"]]
 
 
-def test_without_a_terminal_there_is_one_line_a_round(capsys, tmp_path):
-    with follow({"site-1": tmp_path / "none.txt"}, 2, verbose=False) as show:
+def test_without_a_terminal_there_is_one_line_per_round(capsys, run):
+    with follow(run, ["site-1"], 2, verbose=False) as show:
         show("NVFlare's log\n", [])
         show("", [record(0, 0.25)])
         show("", [record(0, 0.25), record(1, 0.5)])
@@ -183,8 +253,8 @@ def test_without_a_terminal_there_is_one_line_a_round(capsys, tmp_path):
     assert second.startswith("round 2 of 2 done") and "0.500" in second
 
 
-def test_verbose_shows_nvflares_log_and_nothing_else(capsys, tmp_path):
-    with follow({"site-1": tmp_path / "none.txt"}, 1, verbose=True) as show:
+def test_verbose_shows_nvflares_log_and_nothing_else(capsys, run):
+    with follow(run, ["site-1"], 1, verbose=True) as show:
         show("Start FedAvg.\n", [])
         show("Finished FedAvg.\n", [record(0, 0.25)])
     assert capsys.readouterr().out == "Start FedAvg.\nFinished FedAvg.\n"
@@ -194,7 +264,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from federation.launch.display import follow
-with follow({"site-1": Path(sys.argv[1])}, 2, verbose=False) as show:
+from federation.run.folder import RunFolder
+with follow(RunFolder(Path(sys.argv[1])), ["site-1"], 2, verbose=False) as show:
     show("", [])
     print("site-2 is lost")
     show("", [{"round": 0, "metrics": {"val_acc": 0.25}, "sites": {}}])
@@ -205,10 +276,9 @@ print("the end")
 
 
 @pytest.mark.parametrize("ending", ["none", "interrupt", "failure"])
-def test_a_terminal_is_left_as_it_was(tmp_path, ending):
-    log = tmp_path / "log.txt"
-    log.write_text(f"{TIME}--- train new model ---\n{TIME}step 24 of 96, 12.5 steps/s\n")
-    _, sent = on_a_terminal([sys.executable, "-c", PROGRAM, str(log), ending], PROJECT)
+def test_a_terminal_is_left_as_it_was(run, site, ending):
+    site("site-1", "training", (24, 96, 12.5))
+    _, sent = on_a_terminal([sys.executable, "-c", PROGRAM, str(run.path), ending], PROJECT)
     assert b"training, step 24 of 96, 12.5 steps/s" in sent
     assert b"round 1 of 2 done" in sent
     assert re.search(rb"\x1b\[2Ksite-2 is lost *\r\n", sent)  # above the live view, which would else erase it

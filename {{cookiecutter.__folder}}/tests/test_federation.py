@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import OPTIONS, PROJECT, Project
+from conftest import PROJECT, Project
+from settings import Options
+from trainer import make_model, n_images
 
 LOG = (  # what NVFlare and client.py say in the course of a run
     "Start FedAvg.",
@@ -81,22 +83,20 @@ class TestAFinishedRun:
     @pytest.mark.parametrize("which", ["final", "best"])
     def test_keeps_models_that_score_what_the_file_says(self, finished, which):
         from data import SiteDataModule
-        from model import LitNet
 
-        made = {**OPTIONS, **{name: finished.result[name] for name in ("partition", "n_clients", "seed")}, "alpha": 1.0}
-        classes = self.partition(finished)["classes"]
-        model = LitNet(num_classes=len(classes))
+        options = Options.of({**finished.result, "classes": self.partition(finished)["classes"]})
+        model = make_model(options)
         kept = finished.result if which == "final" else finished.result["best"]
         assert kept["model"] == f"{which}.pt"
         model.load_state_dict(torch.load(self.folder(finished) / kept["model"], weights_only=True))
         model.eval()
         for site, test in kept["test"]["sites"].items():
-            data = SiteDataModule(site, classes, _Options(made))
+            data = SiteDataModule(site, options)
             data.setup("test")
             with torch.inference_mode():
                 right = [int((model(x).argmax(dim=1) == labels).sum()) for x, labels in data.test_dataloader()]
-            assert data.n_test == test["images"]
-            assert sum(right) / data.n_test == pytest.approx(test["accuracy"])
+            assert n_images(data, "test") == test["images"]
+            assert sum(right) / test["images"] == pytest.approx(test["accuracy"])
 
     def test_calls_that_model_the_best_which_validates_best(self, finished):
         _, *trained = finished.result["rounds"]
@@ -113,22 +113,25 @@ class TestAFinishedRun:
         assert sorted(path.relative_to(job).as_posix() for path in job.rglob("*") if path.is_file()) == [
             "app/config/config_fed_client.json",
             "app/config/config_fed_server.json",
-            "app/custom/classes.txt",
             "app/custom/client.py",
             "app/custom/data.py",
+            "app/custom/federation/errors.py",
+            "app/custom/federation/exchange.py",
+            "app/custom/federation/protocol.py",
             "app/custom/federation/server/aggregation.py",
             "app/custom/federation/server/answers.py",
-            "app/custom/federation/site/catalog.py",
-            "app/custom/federation/server/evaluation.py",
-            "app/custom/federation/exchange.py",
-            "app/custom/federation/site/fetch.py",
-            "app/custom/federation/files.py",
-            "app/custom/federation/site/partition.py",
-            "app/custom/federation/site/quick_start.py",
             "app/custom/federation/server/audit.py",
+            "app/custom/federation/server/evaluation.py",
+            "app/custom/federation/site/catalog.py",
+            "app/custom/federation/site/fetch.py",
+            "app/custom/federation/site/host.py",
+            "app/custom/federation/site/partition.py",
             "app/custom/federation/site/progress.py",
+            "app/custom/federation/site/quick_start.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
+            "app/custom/options.json",
+            "app/custom/settings.py",
             "app/custom/trainer.py",
             "meta.json",
         ]
@@ -137,7 +140,7 @@ class TestAFinishedRun:
 
     def test_shows_on_the_screen_what_happened(self, finished):
         lines = finished.screen.splitlines()
-        assert lines[1].startswith("Who holds what")
+        assert lines[1].startswith("Images per site and class")
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
@@ -156,15 +159,16 @@ class TestAFinishedRun:
     def test_is_the_newest_and_can_be_shown_again(self, finished):
         assert (finished.folder / "runs" / "latest").resolve().name == "first"
         shown = finished.run("results.py").stdout
-        assert "final test" in shown and "Who holds what" in shown
+        assert "final test" in shown and "Images per site and class" in shown
 
     def test_follows_the_schema(self, finished):
         from federation.run import outcome, schema
+        from federation.run.folder import RunFolder
 
         assert finished.result["version"] == schema.VERSION
-        of_others = {"fedprox_mu", "server_learning_rate", "server_momentum"}  # flags of other algorithms
-        assert set(finished.result) == keys_documented(schema.__doc__) - of_others
-        assert finished.result == schema.read(self.folder(finished))
+        options = set(Options(algorithm="fedavg").of_run()) - {"classes"}
+        assert set(finished.result) == options | keys_documented((PROJECT / "README.md").read_text(encoding="utf-8"))
+        assert finished.result == schema.read(RunFolder(self.folder(finished)))
         final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
         assert finished.result["sha256"] == outcome.fingerprint(final)
 
@@ -240,14 +244,10 @@ class TestAFinishedRun:
 
 
 def keys_documented(text: str) -> set[str]:
-    """The names in the first column of a table."""
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")][2:]
+    """The names in the first column of the table of results.json."""
+    table = text[text.index("| key | what |") :].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()][2:]
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-
-
-class _Options:
-    def __init__(self, values):
-        self.__dict__.update(values)
 
 
 @pytest.mark.slow

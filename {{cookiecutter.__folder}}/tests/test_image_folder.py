@@ -17,6 +17,7 @@ from PIL import Image
 import data
 from conftest import PROJECT, data_error, names_in
 from federation.errors import UserError
+from federation.launch import distribution
 from federation.site import catalog
 from federation.site.catalog import open_split, prepare
 
@@ -45,7 +46,7 @@ def conversions(monkeypatch) -> list[Path]:
 
     def count(root, image_size, store):
         converted.append(root)
-        convert(root, image_size, store)
+        return convert(root, image_size, store)
 
     monkeypatch.setattr(catalog, "_convert_folder", count)
     return converted
@@ -323,7 +324,7 @@ def test_a_name_that_is_not_utf8_is_no_obstacle(root):
     assert sorted(reds(root)) == [10, 11, 12, 20, 21, 22]
 
 
-# ---- no test folder: a tenth is held out
+# ---- no test folder: a tenth is split off
 
 
 @pytest.fixture
@@ -333,19 +334,19 @@ def root_without_test(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def test_without_test_images_a_tenth_of_the_others_is_held_out(root_without_test):
+def test_without_test_images_a_tenth_of_the_others_is_split_off(root_without_test):
     train, test = reds(root_without_test, "train"), reds(root_without_test, "test")
     assert len(test) == 4
     assert sorted(train + test) == list(range(40))
 
 
-def test_held_out_images_keep_their_labels(root_without_test):
+def test_split_off_images_keep_their_labels(root_without_test):
     opened = open_split(prepare("image_folder", root_without_test, 4), "test")
     expected = ["even" if red % 2 == 0 else "odd" for red in opened.images[:, 0, 0, 0].tolist()]
     assert [opened.classes[label] for label in opened.labels] == expected
 
 
-def test_the_same_images_are_held_out_each_time(root_without_test, monkeypatch, tmp_path):
+def test_the_same_images_are_split_off_each_time(root_without_test, monkeypatch, tmp_path):
     first = reds(root_without_test, "test")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setenv("HOME", str(tmp_path / "another"))
@@ -483,7 +484,7 @@ import os, sys
 from pathlib import Path
 from federation.site import catalog
 
-catalog._write_classes = lambda *args: os._exit(9)
+catalog._read_image = lambda *args: os._exit(9)
 catalog.prepare("image_folder", Path(sys.argv[1]), 4)
 """
 
@@ -645,7 +646,7 @@ def test_two_classes_that_look_alike_are_refused(root, split, one, other):
 
 
 @pytest.fixture
-def each_its_own(tmp_path, monkeypatch, options):
+def each_its_own(tmp_path, options):
     """each_its_own(**classes of each site): their folders, and the options of a run over them."""
 
     def make(**classes: list[str]):
@@ -654,8 +655,8 @@ def each_its_own(tmp_path, monkeypatch, options):
                 for name in names:
                     for i in range(n_images):
                         save(tmp_path / site.replace("_", "-") / split / name / f"{i}.png", (ord(name[0]), i, 0))
-        monkeypatch.setenv("FL_DATA_ROOT", str(tmp_path / "{site}"))
-        return options(dataset="image_folder", image_size=4, partition="none", n_clients=len(classes))
+        root = str(tmp_path / "{site}")
+        return options(dataset="image_folder", data_root=root, image_size=4, partition="none", n_clients=len(classes))
 
     return make
 
@@ -673,44 +674,46 @@ def labels_and_reds(module: data.SiteDataModule) -> set[tuple[int, int]]:
 
 def test_each_site_has_a_folder_of_its_own(each_its_own):
     run = each_its_own(site_1=["cat"], site_2=["cat", "dog"])
-    held = data.describe(run)
-    assert held.counts == {"site-1": {"cat": 10, "dog": 0}, "site-2": {"cat": 10, "dog": 10}}
+    assert distribution.describe(run).counts == {"site-1": {"cat": 10, "dog": 0}, "site-2": {"cat": 10, "dog": 10}}
 
 
 def test_a_class_that_one_site_lacks_does_not_shift_its_other_labels(each_its_own):
     run = each_its_own(site_1=["cat", "dog", "emu"], site_2=["bee", "emu"])
-    classes = data.describe(run).classes
-    assert classes == ["bee", "cat", "dog", "emu"]
-    first, second = (data.SiteDataModule(site, classes, run) for site in ("site-1", "site-2"))
+    run.classes = distribution.describe(run).classes
+    assert run.classes == ["bee", "cat", "dog", "emu"]
+    first, second = (data.SiteDataModule(site, run) for site in ("site-1", "site-2"))
     assert labels_and_reds(first) == {(1, ord("c")), (2, ord("d")), (3, ord("e"))}
     assert labels_and_reds(second) == {(0, ord("b")), (3, ord("e"))}
 
 
 def test_a_class_that_the_federation_does_not_know_is_named(each_its_own):
     run = each_its_own(site_1=["cat", "dog"], site_2=["cat", "unicorn"])
+    run.classes = ["cat", "dog"]
     with pytest.raises(UserError, match="site-2 has a class 'unicorn'.*: cat, dog"):
-        data.SiteDataModule("site-2", ["cat", "dog"], run).setup()
+        data.SiteDataModule("site-2", run).setup()
 
 
 def test_the_images_of_all_sites_are_pooled(each_its_own):
     run = each_its_own(site_1=["cat", "dog"], site_2=["cat", "emu"], site_3=["emu"])
-    classes = data.describe(run).classes
-    module = data.pooled(classes, run)
+    run.classes = distribution.describe(run).classes
+    module = data.SiteDataModule(None, run)
     assert labels_and_reds(module) == {(0, ord("c")), (1, ord("d")), (2, ord("e"))}
-    assert (module.n_train + module.n_val, module.n_test) == (50, 10)
+    sizes = {part: len(rows) for part, rows in module.indices.items()}
+    assert (sizes["train"] + sizes["val"], sizes["test"]) == (50, 10)
+    assert module.counts["test"] == {"cat": 4, "dog": 2, "emu": 4}
 
 
 def test_a_site_whose_folder_is_missing_is_named(each_its_own):
     run = each_its_own(site_1=["cat"], site_3=["cat"])
     run.n_clients = 3
     with pytest.raises(UserError, match="site-2.* cannot be read"):
-        data.prepare(run)
+        distribution.prepare(run)
 
 
 def test_more_sites_than_folders_are_answered_with_the_number_of_folders(each_its_own, conversions):
     run = each_its_own(site_1=["cat"], site_2=["cat", "dog"])
     run.n_clients = 4
-    message = data_error(data.prepare, run)
+    message = data_error(distribution.prepare, run)
     assert "site-3 is not there" in message and "use --n_clients 2" in message
     assert conversions == []  # it is told at once
 
@@ -718,21 +721,21 @@ def test_more_sites_than_folders_are_answered_with_the_number_of_folders(each_it
 def test_a_folder_for_no_site_at_all_is_not_answered_with_a_number(each_its_own):
     run = each_its_own()
     run.n_clients = 2
-    message = data_error(data.prepare, run)
+    message = data_error(distribution.prepare, run)
     assert "site-1 cannot be read" in message and "--n_clients" not in message
 
 
 @pytest.mark.parametrize(("one", "other"), ALIKE.values(), ids=ALIKE)
 def test_classes_of_two_sites_that_look_alike_are_refused(each_its_own, one, other):
     run = each_its_own(site_1=[one, "dog"], site_2=["dog"], site_3=["dog", other])
-    message = data_error(data.describe, run)
+    message = data_error(distribution.describe, run)
     assert f"site-1 has a class {one!r} and site-3 has {other!r}" in message
 
 
 def test_a_single_class_over_all_sites_is_refused(each_its_own):
     run = each_its_own(site_1=["cat"], site_2=["cat"])
-    data.prepare(run)
-    message = data_error(data.describe, run)
+    distribution.prepare(run)
+    message = data_error(distribution.describe, run)
     assert "'cat'" in message and "two or more" in message and "/train/<class>" in message
 
 
@@ -745,7 +748,7 @@ def classes_file(tmp_path, options):
 
     def write(content: bytes):
         (tmp_path / "classes.txt").write_bytes(content)
-        return options(dataset="image_folder", classes=str(tmp_path / "classes.txt"))
+        return options(dataset="image_folder", classes_file=str(tmp_path / "classes.txt"))
 
     return write
 
@@ -754,7 +757,7 @@ def classes_file(tmp_path, options):
     "content", [b"cat\ndog\n", b"cat\r\ndog", b"\xef\xbb\xbfcat\n\n dog \n"], ids=["", "crlf", "mark"]
 )
 def test_the_classes_of_real_sites_are_the_lines_of_a_file(classes_file, content):
-    assert data.known_classes(classes_file(content)) == ["cat", "dog"]
+    assert distribution.known_classes(classes_file(content)) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -773,5 +776,5 @@ def test_the_classes_of_real_sites_are_the_lines_of_a_file(classes_file, content
 )
 def test_a_file_of_classes_that_cannot_be_used_is_refused(classes_file, content, said):
     run = classes_file(content)
-    message = data_error(data.known_classes, run)
-    assert said in message and run.classes in message
+    message = data_error(distribution.known_classes, run)
+    assert said in message and run.classes_file in message

@@ -9,31 +9,35 @@ import sys
 
 import pytest
 
+import settings
 from conftest import names_in
-from federation.errors import UserError
+from federation.errors import UserError, exit_code
 from federation.launch import options as command_line
-from federation.run import folder as runs
-from federation.site import catalog, partition
+from federation.launch.model_file import model_names
+from federation.run import folder
+from federation.run.folder import RunFolder
+from federation.site import catalog
 from job import main
 
 BAD_FLAGS = {
-    "no client": (["--n_clients", "0"], "--n_clients is 0: it must be 1 or more"),
-    "no site at a time": (["--n_threads", "0"], "--n_threads is 0: it must be 1 or more"),
-    "no round": (["--num_rounds", "0"], "--num_rounds is 0: it must be 1 or more"),
-    "no image in a batch": (["--batch_size", "0"], "--batch_size is 0: it must be 1 or more"),
-    "no epoch": (["--local_epochs", "-1"], "--local_epochs is -1: it must be 1 or more"),
-    "no shard": (["--shards_per_site", "0"], "--shards_per_site is 0: it must be 1 or more"),
-    "tiny images": (["--image_size", "8"], "--image_size is 8: it must be 16 or more"),
-    "alpha of zero": (["--alpha", "0"], "--alpha is 0.0: it must be a number above 0"),
-    "infinite alpha": (["--alpha", "inf"], "--alpha is inf: it must be a number above 0"),
-    "no learning": (["--learning_rate", "nan"], "--learning_rate is nan: it must be a number above 0"),
-    "a negative seed": (["--seed", "-1"], "--seed is -1"),
-    "an unknown data set": (["--dataset", "imagenet"], "argument --dataset: invalid choice: 'imagenet'"),
-    "an unknown partition": (["--partition", "fair"], "argument --partition: invalid choice: 'fair'"),
-    "an unknown tracker": (["--tracking", "paper"], "argument --tracking: invalid choice: 'paper'"),
+    "no client": (["--n_clients", "0"], "Invalid value for '--n_clients': 0 is not in the range x>=1"),
+    "no site at a time": (["--n_threads", "0"], "Invalid value for '--n_threads': 0 is not in the range x>=1"),
+    "no round": (["--num_rounds", "0"], "Invalid value for '--num_rounds': 0 is not in the range x>=1"),
+    "no image in a batch": (["--batch_size", "0"], "Invalid value for '--batch_size': 0 is not in the range x>=1"),
+    "no epoch": (["--local_epochs", "-1"], "Invalid value for '--local_epochs': -1 is not in the range x>=1"),
+    "no shard": (["--shards_per_site", "0"], "Invalid value for '--shards_per_site': 0 is not in the range x>=1"),
+    "tiny images": (["--image_size", "8"], "Invalid value for '--image_size': 8 is not in the range x>=16"),
+    "alpha of zero": (["--alpha", "0"], "Invalid value for '--alpha': 0.0 is not in the range x>0"),
+    "infinite alpha": (["--alpha", "inf"], "--alpha is inf: it must be a finite number"),
+    "no learning": (["--learning_rate", "nan"], "--learning_rate is nan: it must be a finite number"),
+    "a negative seed": (["--seed", "-1"], "Invalid value for '--seed': -1 is not in the range 0<=x<=4294967295"),
+    "an unknown data set": (["--dataset", "imagenet"], "Invalid value for '--dataset': 'imagenet' is not one of"),
+    "an unknown partition": (["--partition", "fair"], "Invalid value for '--partition': 'fair' is not one of"),
+    "an unknown tracker": (["--tracking", "paper"], "Invalid value for '--tracking': 'paper' is not one of"),
     "an unknown model": (["--model", "Net"], "--model is 'Net': model.py has LitNet, LitResNet"),
-    "an unknown flag": (["--rounds", "2"], "unrecognized arguments: --rounds 2"),
-    "words for a number": (["--n_clients", "two"], "argument --n_clients: invalid int value: 'two'"),
+    "an unknown flag": (["--rounds", "2"], "No such option"),
+    "a flag with a slip": (["--learning_rat", "1"], "--learning_rate"),  # the nearest one is suggested
+    "words for a number": (["--n_clients", "two"], "Invalid value for '--n_clients': 'two' is not a valid integer"),
     "a path for a name": (["--name", "../x"], "--name is '../x': letters, digits"),
     "a name that is no file's": (["--name", "a" * 101], "--name has 101 letters: it must have 100 or fewer"),
     "the name of the link": (["--name", "latest"], "--name latest is the link to the newest run: choose another"),
@@ -44,7 +48,7 @@ BAD_FLAGS = {
     ),
     "images dealt that each site has": (
         ["--data_root", "/nowhere/{site}", "--partition", "iid"],
-        "--partition iid deals images out, but with {site} each site has its own",
+        "--partition iid splits one data set, but with {site} each site has its own",
     ),
 }
 
@@ -80,17 +84,17 @@ def test_a_name_that_exists_is_refused(project):
 
 
 def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
-    (runs.new_run("first") / "old.txt").touch()
+    monkeypatch.setattr(folder, "RUNS", tmp_path / "runs")
+    (RunFolder.create("first").path / "old.txt").touch()
     with pytest.raises(UserError, match="--overwrite"):
-        runs.new_run("first")
-    assert list(runs.new_run("first", overwrite=True).iterdir()) == []
+        RunFolder.create("first")
+    assert list(RunFolder.create("first", overwrite=True).path.iterdir()) == []
 
 
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
     """federate() without a federation: what it would have given is there at once."""
-    brought = {
+    collected = {
         "rounds": [
             {
                 "round": k,
@@ -111,32 +115,31 @@ def recorded(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(program, "build_job", lambda *_: tmp_path)
+    monkeypatch.setattr(folder, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(program, "write_job", lambda *_: None)
     monkeypatch.setattr(simulator, "simulate", lambda *_: None)
-    monkeypatch.setattr(outcome, "bring_home", lambda *_: dict(brought))
-    options = command_line.parse(["--dataset", "digits", "--n_clients", "1", "--num_rounds", "1"])
-    command_line.validate(options)
-    return program, options, program.get_data(options)
+    monkeypatch.setattr(outcome, "collect", lambda *_: dict(collected))
+    options, start = command_line.parse(["--dataset", "digits", "--n_clients", "1", "--num_rounds", "1"])
+    return program, (options, program.get_data(options), start)
 
 
 def test_results_are_written_before_anything_is_shown(recorded, monkeypatch):
     """Whatever a name or a figure does to the screen, the result is there, and the run is the newest."""
-    program, options, holdings = recorded
+    program, arguments = recorded
 
     def fail(result):
         raise RuntimeError("the screen is broken")
 
     monkeypatch.setattr("results.show", fail)
-    folder = runs.new_run("first")
+    run = RunFolder.create("first")
     with pytest.raises(RuntimeError, match="the screen is broken"):
-        program.federate(options, holdings, folder)
-    assert json.loads((folder / "results.json").read_text())["test"]["accuracy"] == 0.5
-    assert (folder.parent / "latest").resolve() == folder.resolve()
+        program.federate(*arguments, run)
+    assert json.loads(run.results.read_text())["test"]["accuracy"] == 0.5
+    assert (run.path.parent / "latest").resolve() == run.path.resolve()
 
 
 def test_a_full_disk_at_the_end_is_told_in_one_line(recorded, monkeypatch):
-    program, options, holdings = recorded
+    program, arguments = recorded
 
     def full(source, target):
         if str(target).endswith("results.json"):
@@ -144,25 +147,25 @@ def test_a_full_disk_at_the_end_is_told_in_one_line(recorded, monkeypatch):
         os.rename(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    folder = runs.new_run("first")
+    run = RunFolder.create("first")
     with pytest.raises(program.RunError) as failure:
-        program.federate(options, holdings, folder)
-    assert str(failure.value) == f"cannot write the results into {folder}: No space left on device"
-    assert sorted(path.name for path in folder.iterdir()) == ["partition.json"]
-    assert not (folder.parent / "latest").exists()
+        program.federate(*arguments, run)
+    assert str(failure.value) == f"cannot write the results into {run.path}: No space left on device"
+    assert sorted(path.name for path in run.path.iterdir()) == ["partition.json"]
+    assert not (run.path.parent / "latest").exists()
 
 
 def test_a_run_that_could_not_begin_leaves_no_folder(recorded, monkeypatch):
-    program, options, holdings = recorded
+    program, arguments = recorded
 
     def broken(*_):
         raise TypeError("a program error")
 
-    monkeypatch.setattr(program, "build_job", broken)
-    folder = runs.new_run("first")
+    monkeypatch.setattr(program, "write_job", broken)
+    run = RunFolder.create("first")
     with pytest.raises(TypeError):
-        program.federate(options, holdings, folder)
-    assert not folder.exists()
+        program.federate(*arguments, run)
+    assert not run.path.exists()
 
 
 DATA_FAULTS = {
@@ -181,11 +184,11 @@ def job(monkeypatch, tmp_path, capsys):
     """Run job.py in this process, which has imported what takes seconds: (exit code, standard error)."""
     monkeypatch.setattr("federation.run.folder.RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["job.py", *flags])
-        return main(), capsys.readouterr().err
+        return exit_code("job.py", main), capsys.readouterr().err
 
     yield run
     for number, handler in before.items():
@@ -215,16 +218,17 @@ def test_data_that_cannot_be_fetched_says_what_to_do(job, monkeypatch):
 
 
 def test_the_flags_offer_what_the_code_behind_them_knows():
-    assert command_line.DATASETS == catalog.DATASETS  # written twice, since `--help` must not wait for NumPy
-    assert command_line.PARTITIONS == partition.SCHEMES
+    assert set(settings.DATASETS) == {*catalog.SOURCES, "image_folder"}
 
 
 def test_help_lists_every_flag_with_its_default(project):
     run = project.run("job.py", "--help")
     assert run.returncode == 0
-    for flag in ("--n_clients", "--num_rounds", "--partition", "--gpu, --no-gpu", "--verbose", "--data_root"):
+    for flag in ("--n_clients", "--num_rounds", "--partition", "--gpu / --no-gpu", "--verbose", "--data_root"):
         assert flag in run.stdout
-    assert "[16]" in run.stdout
+    assert "[default: 16; x>=1]" in run.stdout
+    groups = [line for line in run.stdout.splitlines() if re.fullmatch(r"\w.*:", line)]
+    assert groups[:6] == ["Data:", "Training:", "Algorithm:", "Simulation:", "Real sites:", "Output:"]
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--n_clients", "0"]], ids=["help", "a wrong flag"])
@@ -233,8 +237,9 @@ def test_nothing_heavy_is_imported_to_answer(project, flags):
     program = (
         "import contextlib, sys\n"
         "import job\n"
+        "from federation.errors import UserError\n"
         f"sys.argv = ['job.py', *{flags!r}]\n"
-        "with contextlib.suppress(SystemExit):\n"
+        "with contextlib.suppress(SystemExit, UserError):\n"
         "    job.main()\n"
         f"print('heavy:', sorted({heavy} & set(sys.modules)))\n"
     )
@@ -263,8 +268,8 @@ def test_a_path_in_which_nvflare_cannot_run_is_refused(project, name):
 @pytest.mark.parametrize("name", ["a%&;(){}$b", "a:,[]*?`b", "a!~=+@^|<>b", "aé猫b"])
 def test_a_path_with_other_characters_is_accepted(monkeypatch, name):
     monkeypatch.setattr(command_line, "PROJECT", command_line.PROJECT.with_name(name))
-    monkeypatch.setattr(command_line, "model_names", lambda: ["LitNet"])  # nothing is there
-    command_line.validate(command_line.parse([]))
+    monkeypatch.setattr(command_line, "model_names", lambda file: ["LitNet"])  # nothing is there
+    command_line.parse([])
 
 
 def test_prepare_data_gets_the_data_ready_and_stops(project):
@@ -291,10 +296,14 @@ from federation.errors import RunError, exit_code
 from federation.launch import prod as sites
 
 
-def no_server(*_):
+def no_answer(*_):
     raise RunError("there is no server")
 
-sites.Server = no_server
+
+def not_connected(self, run, *_):
+    self.run, self.patience = run, 0.0
+
+sites.Server.__init__, sites.Server.ask = not_connected, no_answer
 import job
 sys.exit(exit_code("job.py", job.main))
 """
@@ -360,10 +369,9 @@ def with_others(project):
     return project
 
 
-def test_a_model_may_derive_from_a_lightning_module_of_elsewhere(with_others, monkeypatch):
-    monkeypatch.setattr(command_line, "PROJECT", with_others.folder)
+def test_a_model_may_derive_from_a_lightning_module_of_elsewhere(with_others):
     known = ["LitNet", "LitResNet", "First", "Second", "Third", "Fourth", "Fifth", "NoModel"]
-    assert command_line.model_names() == known
+    assert model_names(with_others.folder / "model.py") == known
     run = with_others.run("job.py", "--dataset", "digits", "--prepare_only", "--model", "Fifth")
     assert (run.returncode, run.stderr) == (0, "")
 

@@ -6,34 +6,37 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import model as models
-from federation.launch import options as command_line
+from conftest import PROJECT
+from federation.launch.model_file import model_names
 from model import LitNet, LitResNet, augment
-from trainer import training_seed
+from trainer import make_model, training_seed
+
+MODELS = model_names(PROJECT / "model.py")
 
 
-@pytest.mark.parametrize("name", command_line.model_names())
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [28, 32, 40, 64])
-def test_every_model_takes_images_of_any_size(name, size):
-    model = getattr(models, name)(num_classes=7, learning_rate=0.01).eval()
+def test_every_model_takes_images_of_any_size(name, size, options):
+    model = make_model(options(model_class=name, classes=list("abcdefg"))).eval()
     with torch.inference_mode():
         assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
 
 
 def test_the_flag_offers_the_lightning_modules_of_model_py():
     defined = [value for value in vars(models).values() if isinstance(value, type) and value.__module__ == "model"]
-    assert command_line.model_names() == [cls.__name__ for cls in defined if issubclass(cls, LightningModule)]
+    assert [cls.__name__ for cls in defined if issubclass(cls, LightningModule)] == MODELS
 
 
-def test_the_resnet_has_no_statistics_of_batches():
-    layers = list(LitResNet().modules())
+def test_the_resnet_has_no_statistics_of_batches(options):
+    layers = list(LitResNet(10, options()).modules())
     assert not any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in layers)
     assert sum(isinstance(layer, torch.nn.GroupNorm) for layer in layers) == 20  # one for each convolution
-    assert not any("running" in name for name in LitResNet().state_dict())
+    assert not any("running" in name for name in LitResNet(10, options()).state_dict())
 
 
-def test_the_resnet_does_not_shrink_small_images_before_the_first_block():
+def test_the_resnet_does_not_shrink_small_images_before_the_first_block(options):
     seen = []
-    model = LitResNet().eval()
+    model = LitResNet(10, options()).eval()
     model.model.layer1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
     with torch.inference_mode():
         model(torch.zeros(1, 3, 32, 32))
@@ -73,8 +76,8 @@ def test_an_augmented_image_is_a_shifted_piece_of_the_padded_one_or_its_mirror_i
 class Watched(LitResNet):
     """Small enough for a test; notes the images that its network gets, and the learning rates."""
 
-    def __init__(self):
-        super().__init__(num_classes=2)
+    def __init__(self, options):
+        super().__init__(2, options)
         self.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
         self.seen, self.rates = [], []
 
@@ -86,7 +89,7 @@ class Watched(LitResNet):
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def make_trainer() -> Trainer:
+def quiet_trainer() -> Trainer:
     return Trainer(
         accelerator="cpu",
         max_epochs=2,
@@ -102,10 +105,10 @@ def loader():
     return DataLoader(TensorDataset(torch.rand(12, 3, 8, 8), torch.arange(12) % 2), batch_size=4)
 
 
-def test_images_are_augmented_in_training_only(loader):
-    trainer = make_trainer()
+def test_images_are_augmented_in_training_only(loader, options):
+    trainer = quiet_trainer()
     originals = loader.dataset.tensors[0]
-    model = Watched()
+    model = Watched(options())
     trainer.validate(model, loader, verbose=False)
     trainer.test(model, loader, verbose=False)
     trainer.predict(model, loader)
@@ -115,18 +118,17 @@ def test_images_are_augmented_in_training_only(loader):
     assert not torch.equal(torch.cat(model.seen), originals.repeat(2, 1, 1, 1))
 
 
-def test_the_learning_rate_falls_along_a_half_cosine_over_all_rounds(loader):
-    model = Watched()
-    model.num_rounds = 3
+def test_the_learning_rate_falls_along_a_half_cosine_over_all_rounds(loader, options):
+    model = Watched(options(total_rounds=3))
     for model.round in range(3):
-        make_trainer().fit(model, loader)
+        quiet_trainer().fit(model, loader)
     steps = torch.arange(18, dtype=torch.float64)  # 3 rounds of 2 epochs of 3 batches
     assert model.rates == pytest.approx((0.005 * (1 + torch.cos(torch.pi * steps / 18))).tolist())
 
 
-def test_the_small_model_needs_to_know_of_no_round():
+def test_the_small_model_needs_to_know_of_no_round(options):
     images = TensorDataset(torch.rand(4, 3, 16, 16), torch.arange(4) % 2)
-    make_trainer().fit(LitNet(2), DataLoader(images, batch_size=2))
+    quiet_trainer().fit(LitNet(2, options()), DataLoader(images, batch_size=2))
 
 
 def test_every_site_and_round_has_random_numbers_of_its_own():

@@ -1,4 +1,4 @@
-"""What is brought home from a finished run's workspace, whoever took part."""
+"""What is collected from a finished run's workspace, whoever took part."""
 
 import json
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from federation.errors import RunError
-from federation.run.outcome import bring_home, failure
-from federation.run.workspace import SERVER
+from federation.run import outcome
+from federation.run.folder import RunFolder
+from settings import Options
 
 NAMES = ("val_acc", "val_loss", "val_images", "test_acc", "test_loss", "test_images")
 REPORTS = {
@@ -16,21 +17,29 @@ REPORTS = {
 }
 
 
+def collect(run, num_rounds, sites, patience=None, env="sim"):
+    return outcome.collect(RunFolder(run), Options(num_rounds=num_rounds, patience=patience, env=env), sites)
+
+
+def failure(run, error):
+    return outcome.failure(RunFolder(run), error, is_of_a_site=False)
+
+
 def write_rounds(run, records):
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (run / "workspace" / SERVER / "rounds.jsonl").write_text(text)
+    (RunFolder(run).server / "rounds.jsonl").write_text(text)
 
 
 def reports(run, sites):
     """Replace the final evaluation."""
     final = {"round": 1, "accuracy": None, "sites": sites}
-    (run / "workspace" / SERVER / "evaluation.json").write_text(json.dumps({"final": final, "best": final}))
+    (RunFolder(run).server / "evaluation.json").write_text(json.dumps({"final": final, "best": final}))
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run of one round, as NVFlare's server and FinalEvaluation leave it."""
-    server = tmp_path / "workspace" / SERVER
+    server = RunFolder(tmp_path).server
     server.mkdir(parents=True)
     metrics = {"val_acc": 0.1, "val_loss": 2.3}
     sites = {site: {"metrics": metrics, "train": 40, "val": report["val_images"]} for site, report in REPORTS.items()}
@@ -42,50 +51,50 @@ def run(tmp_path):
 
 
 def test_sites_count_by_their_images(run):
-    home = bring_home(run, 1, list(REPORTS))
-    assert [entry["accuracy"] for entry in home["rounds"]] == pytest.approx([0.1, (0.5 * 10 + 0.9 * 30) / 40])
-    assert home["rounds"][1]["loss"] == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
-    assert home["test"]["accuracy"] == pytest.approx((0.2 * 10 + 0.6 * 30) / 40)
-    assert home["test"]["worst"] == "site-10"
-    assert list(home["test"]["sites"]) == ["site-2", "site-10"]
+    collected = collect(run, 1, list(REPORTS))
+    assert [entry["accuracy"] for entry in collected["rounds"]] == pytest.approx([0.1, (0.5 * 10 + 0.9 * 30) / 40])
+    assert collected["rounds"][1]["loss"] == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
+    assert collected["test"]["accuracy"] == pytest.approx((0.2 * 10 + 0.6 * 30) / 40)
+    assert collected["test"]["worst"] == "site-10"
+    assert list(collected["test"]["sites"]) == ["site-2", "site-10"]
 
 
 def test_a_site_that_took_no_part_is_named(run):
-    assert bring_home(run, 1, list(REPORTS))["lost"] == []
-    assert bring_home(run, 1, [*REPORTS, "site-3"], tolerant=True)["lost"] == ["site-3"]
+    assert collect(run, 1, list(REPORTS))["lost"] == []
+    assert collect(run, 1, [*REPORTS, "site-3"], env="prod")["lost"] == ["site-3"]
     with pytest.raises(RunError, match="site-3 did not evaluate the final model"):
-        bring_home(run, 1, [*REPORTS, "site-3"])
+        collect(run, 1, [*REPORTS, "site-3"])
 
 
 def test_rounds_that_are_missing_are_a_fault(run):
     with pytest.raises(RunError, match="only 1 of 2 rounds were finished"):
-        bring_home(run, 2, list(REPORTS))
+        collect(run, 2, list(REPORTS))
 
 
 def test_a_run_without_a_final_evaluation_is_a_fault(run):
-    (run / "workspace" / SERVER / "evaluation.json").unlink()
+    (RunFolder(run).server / "evaluation.json").unlink()
     with pytest.raises(RunError, match="no site evaluated the final model"):
-        bring_home(run, 1, list(REPORTS))
+        collect(run, 1, list(REPORTS))
 
 
 def test_a_model_that_logs_no_accuracy_has_a_result_without_one(run):
     reports(run, {site: {"val_images": 5, "test_images": 5, "test_loss": 1.5} for site in REPORTS})
-    home = bring_home(run, 1, list(REPORTS))
-    assert (home["test"]["accuracy"], home["test"]["loss"], home["test"]["worst"]) == (None, 1.5, None)
-    assert home["rounds"][1]["accuracy"] is None
-    assert home["rounds"][1]["missing"] == []
+    collected = collect(run, 1, list(REPORTS))
+    assert (collected["test"]["accuracy"], collected["test"]["loss"], collected["test"]["worst"]) == (None, 1.5, None)
+    assert collected["rounds"][1]["accuracy"] is None
+    assert collected["rounds"][1]["missing"] == []
 
 
 def test_one_accuracy_that_is_missing_is_not_the_worst(run):
     some = {"site-2": REPORTS["site-2"], "site-10": {"val_images": 5, "test_images": 5}}
     reports(run, some)
-    assert bring_home(run, 1, list(REPORTS))["test"]["worst"] == "site-2"
+    assert collect(run, 1, list(REPORTS))["test"]["worst"] == "site-2"
 
 
 def test_a_round_says_which_sites_its_means_do_not_cover(run):
     sites = {"site-2": {"metrics": {"val_acc": 0.1}, "train": 40, "val": 30}}
     write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.1}, "sites": sites, "rejected": []}])
-    first, last = bring_home(run, 1, [*REPORTS, "site-3"], tolerant=True)["rounds"]
+    first, last = collect(run, 1, [*REPORTS, "site-3"], env="prod")["rounds"]
     assert (first["missing"], last["missing"]) == (["site-10", "site-3"], ["site-3"])
     assert first["accuracy"] == 0.1
 
@@ -95,7 +104,7 @@ def test_the_rounds_before_a_site_was_lost_are_means_over_those_that_stayed(run)
     sites = {"site-2": {"metrics": {"val_acc": 0.5}, **own}, "site-3": {"metrics": {"val_acc": 0.9}, **own}}
     write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.7}, "sites": sites, "rejected": []}])
     reports(run, {"site-2": REPORTS["site-2"]})
-    first, _ = bring_home(run, 1, ["site-2", "site-3"], tolerant=True)["rounds"]
+    first, _ = collect(run, 1, ["site-2", "site-3"], env="prod")["rounds"]
     assert first["accuracy"] == 0.5
 
 
@@ -106,14 +115,14 @@ def test_a_site_whose_last_answer_was_rejected_is_no_reason_to_fail(run):
         "task": "validate",
         "reason": "val_acc is 7, which is not within 0 to 1",
     }
-    (run / "workspace" / SERVER / "rejected.jsonl").write_text(json.dumps(rejected) + "\n")
-    home = bring_home(run, 1, [*REPORTS, "site-3"])
-    assert (home["rejected"], home["lost"]) == ([rejected], ["site-3"])
+    (RunFolder(run).server / "rejected.jsonl").write_text(json.dumps(rejected) + "\n")
+    collected = collect(run, 1, [*REPORTS, "site-3"])
+    assert (collected["rejected"], collected["lost"]) == ([rejected], ["site-3"])
 
 
 def test_a_run_that_the_server_ended_fails_with_the_servers_reason_and_keeps_the_last_model(run):
     assert failure(run, RunError("the simulator ended with code 2")).startswith("the simulator ended with code 2\n")
-    server = run / "workspace" / SERVER
+    server = RunFolder(run).server
     (server / "failure.json").write_text(json.dumps({"reason": "the global model is not finite after round 2"}))
     told = failure(run, RunError("the simulator ended with code 2")).splitlines()
     assert told[0] == "the global model is not finite after round 2"
@@ -128,5 +137,5 @@ def test_patience_counts_the_rounds_since_the_best(run):
         run, [{"round": k, "metrics": {"val_acc": a}, "sites": {}, "rejected": []} for k, a in enumerate(accuracies)]
     )
     with pytest.raises(RunError, match="only 4 of 9 rounds were finished"):
-        bring_home(run, 9, list(REPORTS), patience=3)
-    assert bring_home(run, 9, list(REPORTS), patience=2)["stopped_early"]
+        collect(run, 9, list(REPORTS), patience=3)
+    assert collect(run, 9, list(REPORTS), patience=2)["stopped_early"]

@@ -1,13 +1,25 @@
-"""Dealing images to sites: properties that hold for any labels, and a few lists that must never change."""
+"""Splitting images between sites: properties that hold for any labels, and a few lists that must never change."""
+
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federation.site.partition import MIN_DIRICHLET, MIN_SITE, SCHEMES, deal, deal_like, hold_out, site_names
+from federation.errors import UserError
+from federation.site.partition import (
+    MIN_DIRICHLET,
+    MIN_SITE,
+    partition,
+    partition_like,
+    site_names,
+    split,
+    split_off,
+)
+from settings import PARTITIONS
 
-DISJOINT = [scheme for scheme in SCHEMES if scheme != "none"]
+DISJOINT = [scheme for scheme in PARTITIONS if scheme != "none"]
 MINIMUM = {"iid": MIN_SITE, "dirichlet": MIN_DIRICHLET, "shards": 2 * MIN_SITE}
 BALANCED = np.repeat(np.arange(10), 100)  # 1000 images of 10 classes
 
@@ -34,37 +46,37 @@ def together(parts) -> list[int]:
 @always_the_same
 @given(labels=many_labels, n_sites=few_sites, seed=seeds)
 def test_every_image_goes_to_exactly_one_site(scheme, labels, n_sites, seed):
-    assert together(deal(labels, n_sites, scheme, seed)) == list(range(len(labels)))
+    assert together(partition(labels, n_sites, scheme, seed)) == list(range(len(labels)))
 
 
 @pytest.mark.parametrize("scheme", DISJOINT)
 @always_the_same
 @given(labels=many_labels, n_sites=few_sites, seed=seeds)
 def test_every_site_gets_the_minimum(scheme, labels, n_sites, seed):
-    assert min(len(part) for part in deal(labels, n_sites, scheme, seed)) >= MINIMUM[scheme]
+    assert min(len(part) for part in partition(labels, n_sites, scheme, seed)) >= MINIMUM[scheme]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 @always_the_same
 @given(labels=many_labels, n_sites=few_sites, seed=seeds)
 def test_the_same_arguments_give_the_same_sorted_lists(scheme, labels, n_sites, seed):
-    first, second = (deal(labels.copy(), n_sites, scheme, seed) for _ in range(2))
+    first, second = (partition(labels.copy(), n_sites, scheme, seed) for _ in range(2))
     assert as_lists(first) == as_lists(second) == [sorted(part) for part in as_lists(first)]
 
 
 @pytest.mark.parametrize("scheme", DISJOINT)
 def test_another_seed_gives_other_lists(scheme):
-    assert as_lists(deal(BALANCED, 3, scheme, seed=0)) != as_lists(deal(BALANCED, 3, scheme, seed=1))
+    assert as_lists(partition(BALANCED, 3, scheme, seed=0)) != as_lists(partition(BALANCED, 3, scheme, seed=1))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PARTITIONS)
 def test_the_global_random_state_is_neither_read_nor_moved(scheme):
     np.random.seed(1)
     before = np.random.get_state()[1].tolist()
-    first = deal(BALANCED, 3, scheme, seed=0)
+    first = partition(BALANCED, 3, scheme, seed=0)
     assert np.random.get_state()[1].tolist() == before
     np.random.seed(2)
-    assert as_lists(deal(BALANCED, 3, scheme, seed=0)) == as_lists(first)
+    assert as_lists(partition(BALANCED, 3, scheme, seed=0)) == as_lists(first)
 
 
 @pytest.mark.parametrize(
@@ -77,31 +89,31 @@ def test_the_global_random_state_is_neither_read_nor_moved(scheme):
 )
 def test_the_lists_of_a_small_example_never_change(scheme, first_site):
     """A run can be repeated only while they stay: whoever changes them changes every user's sites."""
-    first, second = as_lists(deal(np.arange(24) % 3, 2, scheme, seed=7, alpha=100.0))
+    first, second = as_lists(partition(np.arange(24) % 3, 2, scheme, seed=7, alpha=100.0))
     assert first == first_site
     assert second == sorted(set(range(24)) - set(first_site))
 
 
-def test_the_test_images_and_held_out_images_of_a_small_example_never_change():
-    tested = deal_like(np.arange(12) % 3, np.array([[4, 0, 1], [4, 2, 3]]), seed=7)
+def test_the_test_images_and_validation_images_of_a_small_example_never_change():
+    tested = partition_like(np.arange(12) % 3, np.array([[4, 0, 1], [4, 2, 3]]), seed=7)
     assert as_lists(tested) == [[3, 6, 11], [0, 1, 2, 4, 5, 7, 8, 9, 10]]
-    assert hold_out(np.arange(12), 0.25, seed=7)[1].tolist() == [2, 7, 10]
+    assert split_off(np.arange(12), 0.25, seed=7)[1].tolist() == [2, 7, 10]
 
 
 def test_none_gives_every_site_all_images():
-    assert as_lists(deal(BALANCED, 3, "none", seed=0)) == [list(range(1000))] * 3
+    assert as_lists(partition(BALANCED, 3, "none", seed=0)) == [list(range(1000))] * 3
 
 
 @always_the_same
 @given(n_images=st.integers(20, 200), n_sites=st.integers(1, 10), seed=seeds)
 def test_iid_parts_differ_in_size_by_one_image_at_most(n_images, n_sites, seed):
-    sizes = [len(part) for part in deal(np.zeros(n_images, int), n_sites, "iid", seed)]
+    sizes = [len(part) for part in partition(np.zeros(n_images, int), n_sites, "iid", seed)]
     assert max(sizes) - min(sizes) <= 1
 
 
 def unevenness(alpha: float) -> float:
     """The share of a site's largest class, averaged over sites and seeds; 0.1 if all classes are alike."""
-    parts = [part for seed in range(5) for part in deal(BALANCED, 4, "dirichlet", seed, alpha)]
+    parts = [part for seed in range(5) for part in partition(BALANCED, 4, "dirichlet", seed, alpha)]
     return float(np.mean([np.bincount(BALANCED[part]).max() / len(part) for part in parts]))
 
 
@@ -112,13 +124,13 @@ def test_a_smaller_alpha_makes_sites_less_alike():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_dirichlet_gives_no_more_classes_to_a_site_that_has_its_equal_share(seed):
-    sizes = [len(part) for part in deal(BALANCED, 2, "dirichlet", seed, alpha=0.1)]
+    sizes = [len(part) for part in partition(BALANCED, 2, "dirichlet", seed, alpha=0.1)]
     assert max(sizes) <= 500 + 100 + 1  # short of its share, it got one class more; an image can be left by rounding
 
 
 @pytest.mark.parametrize("shards_per_site", [1, 2, 5])
 def test_a_site_has_no_more_classes_than_shards(shards_per_site):
-    parts = deal(BALANCED, 10, "shards", seed=0, shards_per_site=shards_per_site)
+    parts = partition(BALANCED, 10, "shards", seed=0, shards_per_site=shards_per_site)
     assert max(len(np.unique(BALANCED[part])) for part in parts) <= shards_per_site
 
 
@@ -127,7 +139,7 @@ def test_a_site_has_no_more_classes_than_shards(shards_per_site):
 def test_shards_add_no_class_to_a_site_but_where_one_class_ends_and_the_next_begins(
     labels, n_sites, shards_per_site, seed
 ):
-    parts = deal(labels, n_sites, "shards", seed, shards_per_site=shards_per_site)
+    parts = partition(labels, n_sites, "shards", seed, shards_per_site=shards_per_site)
     boundaries = len(np.unique(labels)) - 1
     assert sum(len(np.unique(labels[part])) for part in parts) <= n_sites * shards_per_site + boundaries
 
@@ -144,9 +156,9 @@ def test_shards_add_no_class_to_a_site_but_where_one_class_ends_and_the_next_beg
     ],
     ids=["iid", "dirichlet-images", "dirichlet-minimum", "dirichlet-alpha", "shards", "unknown"],
 )
-def test_what_cannot_be_dealt_is_refused_in_one_line(labels, n_sites, scheme, more, named):
-    with pytest.raises(ValueError) as error:
-        deal(labels, n_sites, scheme, 0, **more)
+def test_what_cannot_be_split_is_refused_in_one_line(labels, n_sites, scheme, more, named):
+    with pytest.raises(UserError) as error:
+        partition(labels, n_sites, scheme, 0, **more)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -161,7 +173,7 @@ count_tables = st.builds(  # sites × classes; many are 0
 @always_the_same
 @given(labels=many_labels, counts=count_tables, seed=seeds)
 def test_every_test_image_goes_to_exactly_one_site(labels, counts, seed):
-    parts = deal_like(labels, counts, seed)
+    parts = partition_like(labels, counts, seed)
     assert len(parts) == len(counts)
     assert together(parts) == list(range(len(labels)))
 
@@ -169,38 +181,80 @@ def test_every_test_image_goes_to_exactly_one_site(labels, counts, seed):
 @always_the_same
 @given(labels=many_labels, counts=count_tables, seed=seeds)
 def test_test_images_follow_the_classes_that_a_site_trains_on(labels, counts, seed):
-    dealt = np.array([np.bincount(labels[part], minlength=5) for part in deal_like(labels, counts, seed)])
-    held = np.where(counts.sum(axis=0) > 0, counts, 1)  # a class that nobody holds is dealt in equal parts
+    tested = np.array([np.bincount(labels[part], minlength=5) for part in partition_like(labels, counts, seed)])
+    held = np.where(counts.sum(axis=0) > 0, counts, 1)  # a class that nobody holds is split into equal parts
     expected = held / held.sum(axis=0) * np.bincount(labels, minlength=5)
-    assert np.abs(dealt - expected).max() <= 1
+    assert np.abs(tested - expected).max() <= 1
 
 
-def test_the_same_seed_deals_the_same_test_images():
+def test_the_same_seed_gives_the_same_test_images():
     counts = np.full((3, 10), 7)
-    assert as_lists(deal_like(BALANCED, counts, seed=0)) == as_lists(deal_like(BALANCED, counts, seed=0))
-    assert as_lists(deal_like(BALANCED, counts, seed=0)) != as_lists(deal_like(BALANCED, counts, seed=1))
+    assert as_lists(partition_like(BALANCED, counts, seed=0)) == as_lists(partition_like(BALANCED, counts, seed=0))
+    assert as_lists(partition_like(BALANCED, counts, seed=0)) != as_lists(partition_like(BALANCED, counts, seed=1))
 
 
 @always_the_same
 @given(n_images=st.integers(2, 100), share=st.floats(0, 1), seed=seeds)
-def test_a_hold_out_is_never_empty_and_never_all(n_images, share, seed):
+def test_a_validation_share_is_never_empty_and_never_all(n_images, share, seed):
     indices = np.arange(n_images) * 3 + 1
-    rest, held_out = hold_out(indices, share, seed)
-    assert len(rest) >= 1 and len(held_out) >= 1
-    assert together([rest, held_out]) == indices.tolist()
-    assert abs(len(held_out) - share * n_images) <= 1
+    rest, split_away = split_off(indices, share, seed)
+    assert len(rest) >= 1 and len(split_away) >= 1
+    assert together([rest, split_away]) == indices.tolist()
+    assert abs(len(split_away) - share * n_images) <= 1
 
 
-def test_the_same_seed_holds_out_the_same_images():
-    assert as_lists(hold_out(np.arange(50), 0.2, 3)) == as_lists(hold_out(np.arange(50), 0.2, 3))
-    assert as_lists(hold_out(np.arange(50), 0.2, 3)) != as_lists(hold_out(np.arange(50), 0.2, 4))
+def test_the_same_seed_splits_off_the_same_images():
+    assert as_lists(split_off(np.arange(50), 0.2, 3)) == as_lists(split_off(np.arange(50), 0.2, 3))
+    assert as_lists(split_off(np.arange(50), 0.2, 3)) != as_lists(split_off(np.arange(50), 0.2, 4))
 
 
 @pytest.mark.parametrize("n_images", [0, 1])
-def test_fewer_than_two_images_cannot_be_held_out_from(n_images):
+def test_from_fewer_than_two_images_none_is_split_off(n_images):
     with pytest.raises(ValueError, match="cannot be split"):
-        hold_out(np.arange(n_images), 0.2, 0)
+        split_off(np.arange(n_images), 0.2, 0)
 
 
 def test_sites_are_named_as_the_simulator_names_them():
     assert site_names(3) == ["site-1", "site-2", "site-3"]
+
+
+# ---- what a data.py calls
+
+
+def own_rows(site: str | None, options, labels=BALANCED, test_labels=BALANCED[::5]) -> dict[str, list[int]]:
+    return {part: rows.tolist() for part, rows in split(labels, test_labels, site, options).items()}
+
+
+@pytest.mark.parametrize("scheme", PARTITIONS)
+def test_all_sites_together_have_what_each_of_them_has(scheme, options):
+    run = options(n_clients=3, partition=scheme)
+    sites = [own_rows(site, run) for site in site_names(3)]
+    for part, rows in own_rows(None, run).items():
+        assert rows == sorted(set().union(*(own[part] for own in sites)))
+
+
+def test_a_site_has_what_the_partition_gives_it(options):
+    run = options(n_clients=3, partition="dirichlet", alpha=0.3, seed=5)
+    own = own_rows("site-2", run)
+    assert sorted(own["train"] + own["val"]) == partition(BALANCED, 3, "dirichlet", 5, 0.3)[1].tolist()
+
+
+def test_labels_may_be_of_any_kind_of_integer(options):
+    expected = own_rows("site-1", options(partition="shards"))
+    for kind in (np.uint8, np.int32, list):
+        labels, test_labels = (kind(each) if kind is list else each.astype(kind) for each in (BALANCED, BALANCED[::5]))
+        assert own_rows("site-1", options(partition="shards"), labels, test_labels) == expected
+
+
+def test_what_one_site_got_may_be_changed_without_harm(options):
+    first = split(BALANCED, BALANCED, "site-1", options())
+    first["train"][:] = 0
+    assert split(BALANCED, BALANCED, "site-1", options())["train"].any()
+
+
+def test_a_thousand_sites_are_split_once(options):
+    labels = np.tile(np.arange(10), 5000)
+    started = time.process_time()
+    for site in site_names(1000):
+        split(labels, labels[::5], site, options(n_clients=1000))
+    assert time.process_time() - started < 10  # split again for each site, it takes minutes

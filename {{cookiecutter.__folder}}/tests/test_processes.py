@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,8 @@ LONG = ["--dataset", "digits", "--num_rounds", "50"]
 PARENT = """
 import os, pathlib, subprocess, sys
 from federation.launch.watchdog import guard
-with guard(pathlib.Path(sys.argv[1])) as started:
+from federation.run.folder import RunFolder
+with guard(RunFolder(pathlib.Path(sys.argv[1]))) as started:
     child = os.fork()
     if not child:
         grandchild = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -72,15 +74,20 @@ def keys_in(folder: Path) -> list[Path]:
 
 def start_training(project: Project, *flags: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """Start a long federation and return it once a site trains, together with all its processes."""
-    process = project.start("job.py", *LONG, "--verbose", *flags)
-    for line in process.stdout:
-        if "--- train new model ---" in line:
-            return process, psutil.Process(process.pid).children(recursive=True)
-    raise AssertionError(process.stderr.read())
+    process = project.start("job.py", *LONG, *flags)
+    await_training(project, process)
+    return process, psutil.Process(process.pid).children(recursive=True)
 
 
-def assert_nothing_is_left(project: Project, family: list[psutil.Process]) -> None:
-    left = psutil.wait_procs(family, timeout=60)[1]
+def await_training(project: Project, process: subprocess.Popen) -> None:
+    progress = "runs/*/workspace/*/*/progress.jsonl"
+    while not any("training" in path.read_text() for path in project.folder.glob(progress)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+
+
+def assert_nothing_is_left(project: Project, process_tree: list[psutil.Process]) -> None:
+    left = psutil.wait_procs(process_tree, timeout=60)[1]
     for process in left:
         process.kill()
     assert left == []
@@ -92,7 +99,7 @@ def assert_nothing_is_left(project: Project, family: list[psutil.Process]) -> No
 @pytest.mark.parametrize("env", ["sim", "poc"])
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_leaves_no_process_and_no_key(project, env, number):
-    process, family = start_training(project, "--env", env)
+    process, process_tree = start_training(project, "--env", env)
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
     if number == signal.SIGKILL:
@@ -101,14 +108,16 @@ def test_a_signal_leaves_no_process_and_no_key(project, env, number):
         assert process.returncode == 130
         assert error.endswith("job.py: stopped; no process is left\n")
         assert project.processes() == []
-    assert_nothing_is_left(project, family)
+    assert_nothing_is_left(project, process_tree)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only root sees the sockets of all processes")
 def test_a_poc_listens_to_this_machine_alone(project):
-    process, family = start_training(project, "--env", "poc")
-    sockets = [socket for socket in psutil.net_connections("tcp") if socket.pid in [child.pid for child in family]]
+    process, process_tree = start_training(project, "--env", "poc")
+    sockets = [
+        socket for socket in psutil.net_connections("tcp") if socket.pid in [child.pid for child in process_tree]
+    ]
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     listening = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == psutil.CONN_LISTEN}
@@ -118,11 +127,9 @@ def test_a_poc_listens_to_this_machine_alone(project):
 @pytest.mark.slow
 def test_nohup_lets_a_run_outlive_its_terminal(project):
     nohup = "import os, sys; os.execvp('nohup', ['nohup', sys.executable, *sys.argv[1:]])"
-    process = project.start("-c", nohup, "job.py", "--dataset", "digits", "--verbose")
-    for line in process.stdout:
-        if "--- train new model ---" in line:
-            process.send_signal(signal.SIGHUP)
-            break
+    process = project.start("-c", nohup, "job.py", "--dataset", "digits")
+    await_training(project, process)
+    process.send_signal(signal.SIGHUP)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
 
@@ -142,32 +149,32 @@ def test_closing_the_terminal_leaves_no_process(project):
     sent = b""
     while b"training" not in sent:
         sent += os.read(terminal, 4096)
-    family = psutil.Process(program.pid).children(recursive=True)
+    process_tree = psutil.Process(program.pid).children(recursive=True)
     os.close(terminal)
     program.wait(timeout=60)
-    assert_nothing_is_left(project, family)
+    assert_nothing_is_left(project, process_tree)
 
 
 @pytest.mark.slow
 def test_a_simulator_that_is_killed_leaves_no_process(project):
-    process, family = start_training(project)
+    process, process_tree = start_training(project)
     simulator = next(child for child in psutil.Process(process.pid).children() if "job.py" in child.cmdline())
     simulator.kill()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert_nothing_is_left(project, family)
+    assert_nothing_is_left(project, process_tree)
 
 
 @pytest.mark.slow
 def test_a_client_that_is_killed_ends_the_job(project):
-    process, family = start_training(project)
-    for child in family:
+    process, process_tree = start_training(project)
+    for child in process_tree:
         if child.cwd().endswith("/site-2"):
             child.kill()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "site-2 died" in error
-    assert_nothing_is_left(project, family)
+    assert_nothing_is_left(project, process_tree)
 
 
 @pytest.mark.slow

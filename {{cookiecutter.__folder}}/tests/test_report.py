@@ -15,30 +15,39 @@ from nvflare.apis.dxo import DXO, DataKind
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
+from federation import exchange
+from federation.launch.distribution import describe
+from federation.protocol import (
+    DONE,
+    EVALUATING,
+    PROGRESS,
+    STARTING,
+    TESTING,
+    TRAINING,
+    VALIDATING,
+    WAITING,
+    append_json,
+)
 from federation.report import page as report
 from federation.report import plots
 from federation.run import schema, timing
-from federation.server import audit as receipt
+from federation.run.folder import RunFolder
 from model import LitNet, LitResNet
+from settings import Options
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SITES = ("site-1", "site-2", "site-3")
 CLASSES = [str(i) for i in range(10)]
-LOG = """2026-01-01 10:00:{0},000 - ClientTaskWorker - INFO - ClientTaskWorker started to run
-2026-01-01 10:00:10,000 - TaskScriptRunner - INFO -{1}
-[Current Round=0, Site = site-1]
-
-2026-01-01 10:00:10,500 - TaskScriptRunner - INFO - --- validate global model ---
-2026-01-01 10:00:12,000 - TaskScriptRunner - INFO - --- train new model ---
-2026-01-01 10:00:20,250 - TaskScriptRunner - INFO - --- test new model ---
-2026-01-01 10:00:21,000 - TaskScriptRunner - INFO - --- prediction with new model ---
-2026-01-01 10:00:22,000 - TaskScriptRunner - INFO - --- wait for the server ---
-2026-01-01 10:00:25,000 - TaskScriptRunner - INFO - [Site = site-1] --- evaluate global model ---
-2026-01-01 10:00:25,750 - TaskScriptRunner - INFO - --- wait for the server ---
-"""
-SERVER_LOG = """2026-01-01 10:00:00,000 - SimulatorRunner - INFO - Create the Simulator Server.
-2026-01-01 10:00:30,000 - MPM - INFO - MPM: Good Bye!
-"""
+# What a server and a site announce, in seconds after the server's start.
+SERVER = [(0.0, STARTING), (30.0, DONE)]
+SITE = [
+    (10.5, VALIDATING),
+    (12.0, TRAINING),
+    (20.25, TESTING),
+    (22.0, WAITING),
+    (25.0, EVALUATING),
+    (25.75, WAITING),
+]
 
 
 class Page(HTMLParser):
@@ -82,7 +91,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder, sites=SITES, classes=CLASSES, **changes):
-    """A finished run of made-up figures, two rounds, with the files that job.py leaves."""
+    """A finished run of made-up metrics, two rounds, with the files that job.py leaves."""
     folder.mkdir()
     counts = {site: {name: 3 * i + j for j, name in enumerate(classes)} for i, site in enumerate(sites)}
     indices = {"train": [0, 1], "val": [2], "test": [0]}
@@ -106,8 +115,12 @@ def make_run(folder, sites=SITES, classes=CLASSES, **changes):
     }
     (folder / "results.json").write_text(json.dumps(result), encoding="utf-8")
     torch.manual_seed(0)
-    torch.save(LitNet(num_classes=max(len(classes), 2)).state_dict(), folder / "final.pt")
-    return folder
+    torch.save(LitNet(max(len(classes), 2), Options()).state_dict(), folder / "final.pt")
+    return RunFolder(folder)
+
+
+def save(run, result):
+    run.results.write_text(json.dumps(result), encoding="utf-8")
 
 
 def answer(extra=None, **meta):
@@ -117,9 +130,9 @@ def answer(extra=None, **meta):
     return FLModelUtils.to_shareable(model)
 
 
-def add_receipt(run, *messages):
-    lines = [json.dumps({"site": site, "task": "train", **receipt.describe(message)}) for site, message in messages]
-    (run / "receipt.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def add_answers(run, *messages):
+    lines = [json.dumps({"site": site, "task": "train", **exchange.describe(message)}) for site, message in messages]
+    run.audit_log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @pytest.fixture
@@ -130,20 +143,23 @@ def run(tmp_path):
 @pytest.fixture
 def digits(tmp_path, options):
     """A run on digits, whose images are at hand."""
-    import data
-
     made = options(n_clients=3, partition="dirichlet", alpha=1.0, learning_rate=0.01)
-    holdings = data.describe(made)
-    images = {site: len(own["test"]) for site, own in holdings.sites.items()}
+    distribution = describe(made)
+    images = {site: len(own["test"]) for site, own in distribution.sites.items()}
     tests = {site: {"accuracy": 0.0, "loss": 1.0, "images": n} for site, n in images.items()}
     test = {"accuracy": 0.0, "loss": 1.0, "sites": tests, "worst": "site-2"}
-    folder = make_run(tmp_path / "digits", test=test, partition="dirichlet", alpha=1.0)
-    (folder / "partition.json").write_text(json.dumps(dataclasses.asdict(holdings)), encoding="utf-8")
-    return folder
+    run = make_run(tmp_path / "digits", test=test, partition="dirichlet", alpha=1.0)
+    run.partition.write_text(json.dumps(dataclasses.asdict(distribution)), encoding="utf-8")
+    return run
 
 
-def written(run, project="My project"):
-    return Page(report.write(run, project))
+@pytest.fixture(autouse=True)
+def project(monkeypatch):
+    monkeypatch.setattr(report, "PROJECT_NAME", "My project")
+
+
+def written(run):
+    return Page(report.write(run))
 
 
 class TestAPage:
@@ -165,7 +181,7 @@ class TestAPage:
         assert "@import" not in page.html
 
     def test_is_the_same_again(self, run):
-        add_receipt(run, ("site-1", answer()))
+        add_answers(run, ("site-1", answer()))
         assert written(run).html == written(run).html
 
     def test_gives_no_two_parts_one_id(self, run):
@@ -178,16 +194,16 @@ class TestAPage:
         assert plots[1] == "loss by round: all sites, site-1, site-2, site-3"
         assert plots[2] == "Images of 10 classes at 3 sites"
 
-    def test_has_the_figures_of_the_plots(self, run):
+    def test_has_the_numbers_behind_the_plots(self, run):
         rows = written(run).rows["learning"]
         assert ["2", "site-2", "0.251", "0.251"] in rows
         assert ["1", "all sites", "0.300", "1.500"] in rows
 
     def test_says_how_it_was_made_but_not_where(self, run):
         result = schema.read(run)
-        (run / "results.json").write_text(json.dumps({**result, "data_root": "/home/ann/secret"}), encoding="utf-8")
-        (run / "job" / "app").mkdir(parents=True)
-        (run / "job" / "app" / "client.py").write_text("print()\n", encoding="utf-8")
+        save(run, {**result, "data_root": "/home/ann/secret"})
+        (run.job / "app").mkdir(parents=True)
+        (run.job / "app" / "client.py").write_text("print()\n", encoding="utf-8")
         page = written(run)
         rows = page.rows["configuration"]
         assert ["seed", "0"] in rows and ["sha256", "12ab"] in rows and ["version of torch", "9.9"] in rows
@@ -201,7 +217,7 @@ class TestAPage:
             del entry["loss"], entry["losses"]
         for key in ("version", "sha256", "timing", "versions", "data_root"):
             del result[key]
-        (run / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        save(run, result)
         page = written(run)
         assert "The loss of the rounds was not recorded." in page.sections["learning"]
         assert "the server of this run kept no audit log" in page.sections["receipt"]
@@ -211,11 +227,12 @@ class TestAPage:
 NAMES = ["<script>alert(1)</script>", "a&b", "$5$", "_hidden", '"quoted"', "{{1}}", "猫", "back\\slash", "it's", "]]>"]
 
 
-def test_names_can_hold_any_character(tmp_path):
+def test_names_can_hold_any_character(tmp_path, monkeypatch):
     sites = ("_site", "<i>site</i>", 'site "3"')
     run = make_run(tmp_path / "odd", sites=sites, classes=NAMES, algorithm="<i>average</i>")
     project = "</title><script>alert('x')</script> & {{ subtitle }} \N{GRINNING FACE}"
-    page = written(run, project)
+    monkeypatch.setattr(report, "PROJECT_NAME", project)
+    page = written(run)
     assert not {"script", "i"} & {tag for tag, _ in page.tags}
     assert project in page.text
     assert ["algorithm", "<i>average</i>"] in page.rows["configuration"]
@@ -240,7 +257,7 @@ def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_clas
 
 
 class TestRealSites:
-    """Of whom little is known: no image is on this machine, and each decides what it tells."""
+    """No image is on this machine, and each site decides what it shares."""
 
     @pytest.fixture
     def run(self, tmp_path):
@@ -250,21 +267,21 @@ class TestRealSites:
         for entry in result["rounds"][1:]:
             entry["sites"]["site-3"] = entry["losses"]["site-3"] = None
         result["test"]["sites"] = {site: result["test"]["sites"][site] for site in SITES[:2]}
-        (run / "results.json").write_text(json.dumps(result), encoding="utf-8")
-        self.tell(run, {})
+        save(run, result)
+        self.share(run, {})
         return run
 
-    def tell(self, run, counts):
+    def share(self, run, counts):
         partition = {"classes": CLASSES, "sites": {}, "counts": counts}
-        (run / "partition.json").write_text(json.dumps(partition), encoding="utf-8")
+        run.partition.write_text(json.dumps(partition), encoding="utf-8")
 
-    def test_that_keep_their_counts_to_themselves_have_a_page(self, run):
+    def test_that_do_not_share_their_counts_have_a_page(self, run):
         page = written(run)
         assert "Unknown: no site reported its number of images per class." in page.sections["holdings"]
         assert ["2", "site-2", "0.251", "0.251"] in page.rows["learning"]
 
-    def test_that_tell_their_counts_are_shown_and_the_others_named(self, run):
-        self.tell(run, {"site-1": dict.fromkeys(CLASSES, 4), "site-2": {}})
+    def test_that_share_their_counts_are_shown_and_the_others_named(self, run):
+        self.share(run, {"site-1": dict.fromkeys(CLASSES, 4), "site-2": {}})
         page = written(run)
         assert "Images of 10 classes at 1 sites" in page.plots()
         assert "Not reported by: site-2." in page.sections["holdings"]
@@ -274,15 +291,15 @@ class TestRealSites:
         result = schema.read(run)
         tests = {site: {"accuracy": None, "loss": None, "images": 0} for site in SITES[:2]}
         result["test"] = {"accuracy": None, "loss": None, "sites": tests, "worst": None}
-        (run / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        save(run, result)
         page = written(run)
         assert ["site-1", "0", "-", "-"] in page.rows["learning"]
         assert "No matrix: no site has test images." in page.sections["confusion"]
 
 
 class TestTheMatrix:
-    def test_counts_what_the_model_takes_for_what(self, digits, options):
-        from data import pooled
+    def test_counts_the_predictions_of_each_class(self, digits, options):
+        from data import SiteDataModule
         from federation.report.confusion import confusion
 
         result = schema.read(digits)
@@ -290,11 +307,11 @@ class TestTheMatrix:
         assert {site: matrix.sum() for site, matrix in matrices.items()} == {
             site: test["images"] for site, test in result["test"]["sites"].items()
         }
-        everything = pooled(CLASSES, options(n_clients=3, partition="dirichlet", alpha=1.0))
+        everything = SiteDataModule(None, options(n_clients=3, partition="dirichlet", alpha=1.0))
         everything.setup("test")
         (batch,) = everything.test_dataloader()
-        model = LitNet(num_classes=10)
-        model.load_state_dict(torch.load(digits / "final.pt", weights_only=True))
+        model = LitNet(10, Options())
+        model.load_state_dict(torch.load(digits.final, weights_only=True))
         expected = torch.zeros(10, 10, dtype=int)
         for label, taken_for in zip(batch[1], model(batch[0]).argmax(dim=1), strict=True):
             expected[label, taken_for] += 1
@@ -312,17 +329,17 @@ class TestTheMatrix:
         assert "all sites had reported 0.000" in written(digits).sections["confusion"]
         result = schema.read(digits)
         result["test"]["accuracy"] = shown
-        (digits / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        save(digits, result)
         assert "all sites had reported" not in written(digits).sections["confusion"]
 
     def test_is_of_the_model_that_the_run_trained(self, digits):
-        (digits / "results.json").write_text(json.dumps({**schema.read(digits), "model_class": "LitResNet"}))
-        torch.save(LitResNet(num_classes=10).state_dict(), digits / "final.pt")
+        save(digits, {**schema.read(digits), "model_class": "LitResNet"})
+        torch.save(LitResNet(10, Options()).state_dict(), digits.final)
         assert len(written(digits).plots()) == 5
 
     def test_is_left_out_where_the_images_are_not_here(self, digits):
         result = {**schema.read(digits), "dataset": "image_folder", "data_root": "/nowhere"}
-        (digits / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        save(digits, result)
         page = written(digits)
         assert "No matrix: " in page.sections["confusion"] and "/nowhere" in page.sections["confusion"]
         assert len(page.plots()) == 3
@@ -330,11 +347,11 @@ class TestTheMatrix:
     def test_is_left_out_where_the_images_are_others(self, digits):
         result = schema.read(digits)
         result["test"]["sites"]["site-1"]["images"] += 1
-        (digits / "results.json").write_text(json.dumps(result), encoding="utf-8")
+        save(digits, result)
         assert "site-1 had " in written(digits).sections["confusion"]
 
     def test_is_left_out_where_the_model_is_another(self, digits):
-        torch.save({"other": torch.zeros(3)}, digits / "final.pt")
+        torch.save({"other": torch.zeros(3)}, digits.final)
         assert "No matrix: " in written(digits).sections["confusion"]
 
     def test_is_left_out_where_no_class_is_predicted(self, digits, monkeypatch):
@@ -342,9 +359,9 @@ class TestTheMatrix:
         assert "does not return a score for each" in written(digits).sections["confusion"]
 
 
-class TestAReceipt:
+class TestTheAuditLog:
     def test_lists_all_that_is_in_a_message(self):
-        record = receipt.describe(answer(NUM_STEPS_CURRENT_ROUND=12))
+        record = exchange.describe(answer(NUM_STEPS_CURRENT_ROUND=12))
         assert record["round"] == 0
         assert record["tensors"] == [
             {"name": "model.fc3.weight", "shape": [10, 84], "dtype": "float32", "bytes": 3360},
@@ -355,7 +372,7 @@ class TestAReceipt:
         assert record["headers"]["current_round"] == "int"
 
     def test_lists_the_metrics_of_an_evaluation(self):
-        record = receipt.describe(DXO(DataKind.METRICS, data={"test_acc": 0.5}).to_shareable())
+        record = exchange.describe(DXO(DataKind.METRICS, data={"test_acc": 0.5}).to_shareable())
         assert (record["metrics"], record["tensors"], record["round"]) == (["test_acc"], [], None)
 
     def test_lists_what_should_not_be_there(self):
@@ -363,7 +380,7 @@ class TestAReceipt:
         message = answer(thumbnail=b"\x89PNG" * 25, nested={"patients": ["Ann", picture]})
         message["beside"] = "text"
         message.set_header("hidden", picture)
-        record = receipt.describe(message)
+        record = exchange.describe(message)
         assert record["meta"]["thumbnail"] == "bytes, length 100"
         assert record["meta"]["nested/patients/0"] == "str, length 3"
         assert record["meta"]["beside"] == "str, length 4"
@@ -371,8 +388,8 @@ class TestAReceipt:
         assert named["DXO/meta/nested/patients/1"] == [3, 32, 32] and named["__headers__/hidden"] == [3, 32, 32]
         assert "Ann" not in json.dumps(record)
 
-    def test_has_a_row_an_answer(self, run):
-        add_receipt(run, ("site-2", answer()), ("site-1", answer()))
+    def test_has_one_row_per_answer(self, run):
+        add_answers(run, ("site-2", answer()), ("site-1", answer()))
         page = written(run)
         rows = [row for row in page.rows["receipt"] if row[0] == "1"]
         assert [row[1:6] for row in rows] == [
@@ -384,8 +401,8 @@ class TestAReceipt:
         assert "Every tensor has the name and the shape of a weight" in page.sections["receipt"]
 
     def test_does_not_claim_more_than_it_lists(self, run):
-        """Curves are a line each, and what administrators fetch never comes by."""
-        add_receipt(run, ("site-1", answer()))
+        """Curves have one line each, and what administrators fetch never comes by."""
+        add_answers(run, ("site-1", answer()))
         text = written(run).sections["receipt"]
         assert "What is not listed did not arrive" not in text
         assert "Every answer to a task (training, evaluation) is listed" in text
@@ -393,27 +410,27 @@ class TestAReceipt:
         assert "Not listed are NVFlare's other messages" in text and "administrators" in text
 
     def test_points_to_what_is_not_of_the_model(self, run):
-        add_receipt(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
+        add_answers(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
         page = written(run)
         assert "Not a weight of the final model by name and shape: batch." in page.sections["receipt"]
         assert ["batch", "16 × 3 × 32 × 32", "float32", "196,608"] in page.rows["receipt"]
 
 
 class TestTheTime:
-    @pytest.fixture
-    def workspace(self, run):
-        workspace = run / "workspace"
-        for name, text in (
-            ("server", SERVER_LOG),
-            ("site-2", LOG.format("02", " ")),
-            ("site-10", LOG.format("03", "")),
-        ):
-            (workspace / name).mkdir(parents=True)
-            (workspace / name / "log.txt").write_text(text, encoding="utf-8")
-        return workspace
+    @pytest.fixture(autouse=True)
+    def announced(self, run):
+        self.announce(run.server / PROGRESS, SERVER)
+        for site in ("site-10", "site-2"):
+            self.announce(run.progress(site), SITE)
 
-    def test_is_told_by_the_logs(self, workspace):
-        found = timing.phases(workspace)
+    def announce(self, file, phases):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        for time, phase in phases:
+            append_json(file, {"time": 1_700_000_000 + time, "phase": phase})
+
+    def test_is_that_of_the_phases(self, run):
+        found = timing.phases(run)
         assert list(found) == ["site-2", "site-10"]
         assert found["site-2"] == [
             (0.0, 10.5, "start"),
@@ -427,34 +444,32 @@ class TestTheTime:
         sums = timing.totals(found)["site-2"]
         assert sums == {"start": 10.5, "computing": 8.25, "evaluating": 4.0, "waiting": 7.25}
 
-    def test_is_on_the_page(self, workspace, run):
+    def test_is_on_the_page(self, run):
         page = written(run)
         assert "What each site did at each time" in page.plots()
-        assert ["site-10", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
+        assert ["site-2", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
 
-    def test_of_a_process_that_starts_again_is_start_again(self, workspace):
-        log = workspace / "site-2" / "log.txt"
-        again = "2026-01-01 10:00:23,000 - ClientTaskWorker - INFO - ClientTaskWorker started to run\n"
-        log.write_text(log.read_text().replace("2026-01-01 10:00:25,000", again + "2026-01-01 10:00:25,000"))
-        assert (23.0, 25.0, "start") in timing.phases(workspace)["site-2"]
+    def test_of_a_process_that_starts_again_is_start_again(self, run):
+        self.announce(run.progress("site-2"), [*SITE[:4], (23.0, STARTING), *SITE[4:]])
+        assert (23.0, 25.0, "start") in timing.phases(run)["site-2"]
 
-    def test_never_runs_backwards_where_a_clock_is_ahead(self, workspace):
-        log = workspace / "site-2" / "log.txt"
-        log.write_text(log.read_text().replace("10:00:25,750", "10:00:45,750"))
-        spans = timing.phases(workspace)["site-2"]
-        assert all(0 <= start <= end <= 30 for start, end, _ in spans)
+    def test_never_runs_backwards_where_a_clock_is_ahead(self, run):
+        self.announce(run.progress("site-2"), [*SITE[:-1], (45.75, WAITING)])
+        assert all(0 <= start <= end <= 30 for start, end, _ in timing.phases(run)["site-2"])
 
-    def test_is_unknown_where_a_log_does_not_say(self, workspace, run):
-        log = workspace / "site-2" / "log.txt"
-        log.write_text(log.read_text().replace("--- wait for the server ---", ""))
-        assert timing.phases(workspace) == {}
-        assert timing.totals({}) is None
+    def test_ends_with_the_last_announcement_where_the_server_did_not_end(self, run):
+        self.announce(run.server / PROGRESS, SERVER[:1])
+        assert timing.phases(run)["site-2"][-1] == (25.75, 25.75, "waiting")
+
+    def test_is_unknown_where_a_site_did_not_announce_everything(self, run):
+        file = run.progress("site-2")
+        file.write_text("".join(line for line in file.read_text().splitlines(True) if WAITING not in line))
         assert "Unknown" in written(run).sections["time"]
 
-    def test_is_what_the_result_says_where_the_logs_are_gone(self, workspace, run):
-        sums = timing.totals(timing.phases(workspace))
-        shutil.rmtree(workspace)
-        (run / "results.json").write_text(json.dumps({**schema.read(run), "timing": sums}), encoding="utf-8")
+    def test_is_what_the_result_says_where_the_announcements_are_gone(self, run):
+        sums = timing.totals(timing.phases(run))
+        shutil.rmtree(run.workspace)
+        save(run, {**schema.read(run), "timing": sums})
         page = written(run)
         assert ["site-2", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
         assert "What each site did at each time" not in page.plots()
@@ -464,8 +479,9 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path):
     import results
 
     second = make_run(tmp_path / "<b>second", seed=7)
-    rows = results.compare({run.name: schema.read(run), second.name: schema.read(second)})
-    page = Page(report.write_comparison([run, second], rows, tmp_path / "comparison.html", "My project"))
+    compared = {run.name: schema.read(run), second.name: schema.read(second)}
+    rows = results.compare(compared)
+    page = Page(report.write_comparison(compared, rows, tmp_path / "comparison.html"))
     assert ["seed", "0", "7"] in page.rows["table"]
     assert [attributes for tag, attributes in page.tags if tag == "tr" and attributes] == [{"class": "differs"}]
     assert page.plots() == ["accuracy by round: first, <b>second", "loss by round: first, <b>second"]
@@ -476,8 +492,8 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path):
 def test_a_browser_shows_it(digits, tmp_path):
     from PIL import Image
 
-    add_receipt(digits, ("site-1", answer()))
-    page, picture = report.write(digits, "My project"), tmp_path / "page.png"
+    add_answers(digits, ("site-1", answer()))
+    page, picture = report.write(digits), tmp_path / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [CHROMIUM, *flags, "--window-size=1200,4000", f"--screenshot={picture}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)

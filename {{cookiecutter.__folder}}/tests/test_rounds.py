@@ -14,9 +14,9 @@ pytestmark = pytest.mark.slow
 MODEL = """
 
 class LitDropout(LitNet):
-    def __init__(self, num_classes: int, learning_rate: float):
-        super().__init__(num_classes, learning_rate)
-        self.round, self.num_rounds = 0, 1
+    def __init__(self, num_classes: int, options: Options):
+        super().__init__(num_classes, options)
+        self.round = 0
         self.dropout = nn.Dropout(0.3)
         self.n_steps = 0
 

@@ -1,6 +1,5 @@
 """POC and real sites, as far as one machine shows them: refused flags, an export, the health check, a whole POC."""
 
-import argparse
 import contextlib
 import json
 import re
@@ -26,8 +25,10 @@ from nvflare.private.fed.utils.fed_utils import execute_command_directly
 
 from federation.launch import session as server
 from federation.launch.prod import submit
-from federation.protocol import BACK, LATE
-from federation.server import heartbeat as watch
+from federation.protocol import BACK, LATE, OPTIONS
+from federation.run.folder import RunFolder
+from federation.server import heartbeat
+from settings import Options
 
 PROD = ["--env", "prod", "--dataset", "digits"]
 BAD_FLAGS = {
@@ -42,7 +43,10 @@ BAD_FLAGS = {
     "an export over something": ([*PROD, "--export", "."], "exists: choose another folder"),
     "a site twice": ([*PROD, "--sites", "a,b,a"], "--sites names a twice"),
     "a time limit in the simulator": (["--site_timeout", "9"], "--site_timeout is for sites that are processes of"),
-    "no time for a round": ([*PROD, "--site_timeout", "0"], "--site_timeout is 0.0: it must be a number above 0"),
+    "no time for a round": (
+        [*PROD, "--site_timeout", "0"],
+        "'--site_timeout': 0.0 is not in the range x>0",
+    ),
     "spaces among sites": ([*PROD, "--sites", "a, b"], "--sites has a name ' b'"),
 }
 
@@ -58,7 +62,7 @@ def test_a_wrong_flag_is_refused_in_one_line(project, fault):
 
 
 def test_an_export_is_the_whole_job_without_an_image(project, tmp_path):
-    """It goes to the sites of deploy/project.yml, and goes on as long as more than half of them are there."""
+    """It goes to the sites of deploy/project.yml, and continues as long as more than half of them are there."""
     (tmp_path / "classes.txt").write_text("cat\n\ndog \n")
     flags = ["--dataset", "image_folder", "--classes", str(tmp_path / "classes.txt"), "--export", str(tmp_path / "job")]
     run = project.run("job.py", "--env", "prod", *flags)
@@ -68,9 +72,8 @@ def test_an_export_is_the_whole_job_without_an_image(project, tmp_path):
     sites = [member["name"] for member in provision["participants"] if member["type"] == "client"]
     assert meta["deploy_map"] == {"app": ["server", *sites]}
     assert meta["min_clients"] == len(sites) // 2 + 1
-    custom = tmp_path / "job" / "app" / "custom"
-    assert (custom / "classes.txt").read_text() == "cat\ndog\n"
-    assert "--partition none" in (tmp_path / "job" / "app" / "config" / "config_fed_client.json").read_text()
+    options = json.loads((tmp_path / "job" / "app" / "custom" / OPTIONS).read_text())
+    assert (options["classes"], options["partition"]) == (["cat", "dog"], "none")
 
 
 class FakeSession:
@@ -84,6 +87,7 @@ class FakeSession:
     def __init__(self, folder: Path, growth: list[bytes]):
         self.growth, self.left, self.sent = growth, list(growth), 0
         self.folder, self.log = folder, folder / "job-id" / "log.txt"
+        self.aborted: list[str] = []
 
     def get_connected_client_list(self):
         return [SimpleNamespace(name=name) for name in ("north", "south")]
@@ -122,27 +126,36 @@ class FakeSession:
         shutil.copy(self.log, self.folder / "result" / "workspace")
         return self.folder / "result"
 
+    def abort_job(self, job_id):
+        self.aborted.append(job_id)
+
     def close(self):
         pass
 
 
-def follow_a_job(monkeypatch, folder: Path, growth: list[bytes]) -> tuple[FakeSession, str, list[int]]:
-    """Submit a job while the server's log grows like that: what was shown of it, and the rounds known to be over."""
+def submit_job(monkeypatch, folder: Path, growth: list[bytes], follow) -> FakeSession:
+    """Submit a job while the server's log grows like that."""
     session = FakeSession(folder, growth)
     monkeypatch.chdir(folder)  # as NVFlare's server runs in its own
     monkeypatch.setattr(server, "new_secure_session", lambda *_, **__: session)
     monkeypatch.setattr(server, "POLL_S", 0.0)
     (folder / "job").mkdir()
     (folder / "job" / "meta.json").write_text('{"deploy_map": {"app": []}}')
-    options = argparse.Namespace(startup_kit=".", username="admin", wait=1.0, sites=["north", "south"])
+    options = Options(env="prod", startup_kit=".", username="admin", wait=1.0, site_names=["north", "south"])
+    with contextlib.suppress(KeyboardInterrupt):
+        submit(RunFolder(folder), options, {}, follow)
+    return session
+
+
+def follow_a_job(monkeypatch, folder: Path, growth: list[bytes]) -> tuple[FakeSession, str, list[int]]:
+    """What was shown of a job's log, and the rounds known to be over."""
     shown, over = [], []
 
     def follow(log, rounds):
         shown.append(log)
         over[:] = [record["round"] for record in rounds]
 
-    submit(folder / "job", folder, options, follow)
-    return session, "".join(shown), over
+    return submit_job(monkeypatch, folder, growth, follow), "".join(shown), over
 
 
 def test_a_servers_log_is_followed_however_long_it_grows_and_sent_only_once(monkeypatch, tmp_path, capsys):
@@ -156,6 +169,7 @@ def test_a_servers_log_is_followed_however_long_it_grows_and_sent_only_once(monk
     assert shown.encode() == log == (tmp_path / "log.txt").read_bytes()
     assert over == list(range(8))
     assert session.sent < len(log) + 10_000
+    assert session.aborted == []
     assert capsys.readouterr().out.count("south is lost") == 1
 
 
@@ -165,8 +179,15 @@ def test_a_site_that_was_given_up_is_named_once_with_the_flag_that_decides(monke
     follow_a_job(monkeypatch, tmp_path, [given_up, flapping, f"INFO - {BACK.format('south')}\n".encode()])
     lines = [line for line in capsys.readouterr().out.splitlines() if "south" in line]
     assert len(lines) == 2
-    assert lines[0].startswith("south has not answered within --site_timeout 30 s; the job goes on without it")
+    assert lines[0].startswith("south has not answered within --site_timeout 30 s; the job continues without it")
     assert lines[1] == "south is back"
+
+
+def test_ctrl_c_stops_the_job_on_the_server(monkeypatch, tmp_path):
+    def interrupt(log, rounds):
+        raise KeyboardInterrupt
+
+    assert submit_job(monkeypatch, tmp_path, [b"Round 0 started.\n"], interrupt).aborted == ["job-id"]
 
 
 class Monitored:
@@ -174,8 +195,8 @@ class Monitored:
 
     def __init__(self, monkeypatch, sites: list[str], site_timeout: float):
         self.now, self.dead, self.sites = 0.0, [], sites
-        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
-        self.monitor = watch.Watch(site_timeout)
+        monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
+        self.monitor = heartbeat.HeartbeatMonitor(site_timeout)
         self.monitor.heard = dict.fromkeys(sites, 0.0)
 
     def send_aux_request(self, targets, **_):
@@ -228,11 +249,11 @@ class TestTheHeartbeatMonitor:
         sites = Monitored(monkeypatch, ["north"], site_timeout=1e9)
         assert sites.check_at(1) == []
         sites.sites = []
-        assert sites.check_at(1 + watch.SILENCE_S) == []
-        assert sites.check_at(2 + watch.SILENCE_S) == ["north"]
+        assert sites.check_at(1 + heartbeat.SILENCE_S) == []
+        assert sites.check_at(2 + heartbeat.SILENCE_S) == ["north"]
 
     def test_goes_on_after_an_error(self, monkeypatch):
-        monkeypatch.setattr(watch, "ASK_EVERY_S", 0.01)
+        monkeypatch.setattr(heartbeat, "ASK_EVERY_S", 0.01)
         asked = threading.Semaphore(0)
 
         class Engine:
@@ -253,7 +274,7 @@ class TestTheHeartbeatMonitor:
                 raise OSError("the network is down")
 
         with Engine().new_context() as context:
-            monitor = watch.Watch(1.0)
+            monitor = heartbeat.HeartbeatMonitor(1.0)
             monitor.handle_event(EventType.START_RUN, context)
             assert asked.acquire(timeout=30) and asked.acquire(timeout=30)
             monitor.handle_event(EventType.END_RUN, context)
@@ -340,7 +361,7 @@ def test_a_site_whose_training_hangs_is_given_up_and_may_come_back(project, tmp_
     flags = ["--dataset", "digits", "--n_clients", "3", "--num_rounds", "2", "--name", "hung"]
     run = project.run("job.py", "--env", "poc", *flags, "--site_timeout", "45", SIGNS=str(tmp_path))
     assert run.returncode == 0, run.stderr
-    assert "site-2 has not answered within --site_timeout 45 s; the job goes on without it" in run.stdout
+    assert "site-2 has not answered within --site_timeout 45 s; the job continues without it" in run.stdout
     assert "site-2 is back" in run.stdout
     result = json.loads((project.folder / "runs" / "hung" / "results.json").read_text())
     assert result["lost"] == []

@@ -12,9 +12,12 @@ from conftest import Project
 from data import SiteDataModule
 from federation.errors import UserError
 from federation.launch import tracking
-from federation.launch.options import TRACKERS, parse, validate
-from federation.site import progress as telemetry
-from model import LitNet
+from federation.launch.options import parse
+from federation.protocol import read_json_lines
+from federation.run.folder import RunFolder
+from federation.site import progress
+from settings import TRACKERS
+from trainer import make_model
 
 RESULT = {
     "rounds": [
@@ -53,15 +56,15 @@ class Writer:
 
 
 @pytest.fixture
-def train(options, monkeypatch):
+def train(options, monkeypatch, tmp_path):
     """Train at one site for two rounds, as client.py does: what was sent."""
-    monkeypatch.setattr(telemetry, "SummaryWriter", Writer)
+    monkeypatch.setattr(progress, "SummaryWriter", Writer)
     monkeypatch.setattr("model.LOG_EVERY_N_STEPS", 5)
 
     def run(tracker, batches=6, epochs=1):
-        data = SiteDataModule("site-1", [str(i) for i in range(10)], options(n_clients=1))
-        model = LitNet()
-        callback = telemetry.Telemetry(tracker)
+        data = SiteDataModule("site-1", options(n_clients=1))
+        model = make_model(options(n_clients=1))
+        callback = progress.Progress(tracker, tmp_path / "progress.jsonl")
         for data.round in range(2):
             trainer = Trainer(
                 accelerator="cpu",
@@ -107,27 +110,28 @@ class TestASite:
     def test_sends_nothing_unless_asked(self, train):
         assert train("none", batches=2) is None
 
-    def test_prints_its_speed(self, train, capsys):
+    def test_tells_its_speed(self, train, tmp_path):
         train("none", batches=20)
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-        assert lines[-1].startswith("step 20 of 20, ") and lines[-1].endswith(" steps/s")
-        assert all(float(line.split()[-2]) > 0 for line in lines)
+        records = read_json_lines(tmp_path / "progress.jsonl")
+        told = [record for record in records if "step" in record]
+        assert (told[-1]["step"], told[-1]["steps"]) == (20, 20)
+        assert all(record["speed"] > 0 for record in told)
 
 
 def test_the_global_models_curves_are_written_for_tensorboard(tmp_path):
-    tracking.add_global_curves("tensorboard", tmp_path, RESULT)
+    tracking.add_global_curves("tensorboard", RunFolder(tmp_path), RESULT, {})
     assert read_events(tmp_path) == {"tensorboard/global": GLOBAL}
 
 
 def test_the_global_models_loss_is_written_where_it_is_known(tmp_path):
     result = {**RESULT, "rounds": [{**entry, "loss": 2.0} for entry in RESULT["rounds"]]}
-    tracking.add_global_curves("tensorboard", tmp_path, result)
+    tracking.add_global_curves("tensorboard", RunFolder(tmp_path), result, {})
     assert read_events(tmp_path)["tensorboard/global"]["val/loss"] == [(0, 2.0), (1, 2.0), (2, 2.0)]
 
 
 def test_without_a_tracker_nothing_is_written(tmp_path):
-    tracking.add_global_curves("none", tmp_path, RESULT)
-    tracking.gather("none", tmp_path)
+    tracking.add_global_curves("none", RunFolder(tmp_path), RESULT, {})
+    tracking.collect("none", RunFolder(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,7 +140,7 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch, tracker):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else real(name))
     with pytest.raises(UserError, match=f"^--tracking {tracker} needs a package: .* -m pip install {tracker}$"):
-        validate(parse(["--tracking", tracker]))
+        parse(["--tracking", tracker])
 
 
 EXPORT = """

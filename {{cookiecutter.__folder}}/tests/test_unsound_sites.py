@@ -1,4 +1,4 @@
-"""Federations in which a site sends what cannot be used, or the numbers grow beyond all bounds."""
+"""Federations in which a site sends what cannot be used, or the training diverges."""
 
 import json
 
@@ -10,8 +10,10 @@ from conftest import Project
 pytestmark = pytest.mark.slow
 
 USUAL = ("--dataset", "digits", "--n_clients", "3", "--num_rounds", "3")
-TRAINER = "trainer: Any = make_trainer(args, args.local_epochs, ["
 POISON = '''
+from pytorch_lightning import Callback
+
+
 class Poison(Callback):
     """Spoils the weights of some sites in the second round, just before they are sent."""
 
@@ -23,18 +25,13 @@ class Poison(Callback):
             module.model.fc3.bias.data[0] = float("nan")
 
 
-def define_parser('''
-
-
-@pytest.fixture
-def poisoned(project) -> Project:
-    """A project whose sites do as `sites` says; to be filled in by `poison`."""
-    project.replace("client.py", TRAINER, TRAINER + "Poison(site, round_), ")
-    return project
+def main('''
 
 
 def poison(project: Project, sites: set[str]) -> None:
-    project.replace("client.py", "def define_parser(", POISON.replace("{sites}", repr(sites)))
+    """Let some of a project's sites send NaN in the second round."""
+    project.replace("client.py", "[progress])", "[progress, Poison(site, round_)])")
+    project.replace("client.py", "def main(", POISON.replace("{sites}", repr(sites)))
 
 
 def result_of(project: Project, name: str) -> dict:
@@ -47,35 +44,35 @@ def result_of(project: Project, name: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_a_round_goes_on_without_the_site_whose_answer_cannot_be_used(poisoned):
-    poison(poisoned, {"site-3"})
-    run = poisoned.run("job.py", *USUAL, "--name", "one")
+def test_a_round_goes_on_without_the_site_whose_answer_cannot_be_used(project):
+    poison(project, {"site-3"})
+    run = project.run("job.py", *USUAL, "--name", "one")
     assert run.returncode == 0, run.stderr
     reason = "tensor model.fc3.bias is not finite"
     assert f"site-3: the server rejected its answer: {reason}\n" in run.stdout
     assert f"WARNING: the server rejected the answer of site-3 in round 2: {reason}\n" in run.stdout
     assert "WARNING: the means after round 1 do not cover site-3\n" in run.stdout
-    result = result_of(poisoned, "one")
+    result = result_of(project, "one")
     assert result["rejected"] == [{"round": 1, "site": "site-3", "task": "train", "reason": reason}]
     assert [entry["missing"] for entry in result["rounds"]] == [[], ["site-3"], [], []]
     assert set(result["test"]["sites"]) == {"site-1", "site-2", "site-3"}
-    final = torch.load(poisoned.folder / "runs" / "one" / "final.pt", weights_only=True)
+    final = torch.load(project.folder / "runs" / "one" / "final.pt", weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in final.values())
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedopt"])
-def test_a_run_ends_where_too_few_sites_are_left_and_keeps_its_last_model(poisoned, algorithm):
-    poison(poisoned, {"site-1", "site-3"})
-    run = poisoned.run("job.py", *USUAL, "--algorithm", algorithm, "--name", "two")
+def test_a_run_ends_where_too_few_sites_are_left_and_keeps_its_last_model(project, algorithm):
+    poison(project, {"site-1", "site-3"})
+    run = project.run("job.py", *USUAL, "--algorithm", algorithm, "--name", "two")
     assert run.returncode == 1
     first, kept, log = run.stderr.splitlines()
     assert first.startswith("job.py: round 2: 1 of 3 sites sent a usable answer, and more than half must (site-1: ")
     assert "site-3: tensor model.fc3.bias is not finite): lower --learning_rate" in first
     assert kept == "runs/two/last.pt is the global model after the last round that was finished"
-    last = torch.load(poisoned.folder / "runs" / "two" / "last.pt", weights_only=True)
-    initial = torch.load(poisoned.folder / "runs" / "two" / "bundle" / "initial.pt", weights_only=True)
+    last = torch.load(project.folder / "runs" / "two" / "last.pt", weights_only=True)
+    initial = torch.load(project.folder / "runs" / "two" / "bundle" / "initial.pt", weights_only=True)
     assert not torch.equal(last["model.fc3.bias"], initial["model.fc3.bias"])
-    assert poisoned.processes() == []
+    assert project.processes() == []
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_the_run_at_once_and_its_name_can_be_used_again(project):
@@ -133,4 +130,4 @@ def test_what_a_model_sends_of_its_own_arrives_and_no_site_is_told_of_another(pr
     log = (project.folder / "runs" / "meta" / "log.txt").read_text()
     told = [line.split("told: ")[1] for line in log.splitlines() if "told: " in line]
     assert len(told) >= 4
-    assert not any("site-1" in line and "site-2" in line for line in told)
+    assert not any("site-1" in line and "site-2" in line or "val_images" in line for line in told)

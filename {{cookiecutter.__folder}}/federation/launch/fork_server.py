@@ -2,9 +2,8 @@
 
 NVFlare's simulator starts a new interpreter for each client (and, where clients take turns, for each of their tasks),
 and each of them imports PyTorch, Lightning and NVFlare again: seconds of computing, and most of a client's memory.
-A fork begins with all that done and shares its memory. The price: NVFlare's use of `Popen` is replaced.
-
-The forks come from a process of their own, the nursery. It is made before there are threads: only then is a fork safe.
+A fork begins with all that done and shares its memory. The price: NVFlare's use of `Popen` is replaced. The forks come
+from a process of their own, the fork server, which is made before there are threads: only then is a fork safe.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,73 +30,53 @@ FORK = multiprocessing.get_context("fork")
 @contextlib.contextmanager
 def forked_clients() -> Iterator[None]:
     """Have the simulator that this process is going to run fork its clients. Linux only; without CUDA."""
-    orders, nursery = FORK.Pipe()
-    FORK.Process(target=_nursery, args=(nursery, orders)).start()
-    nursery.close()
+    requests, servers_end = FORK.Pipe()
+    FORK.Process(target=_serve, args=(servers_end, requests)).start()
+    servers_end.close()
     one_at_a_time = threading.Lock()  # the simulator has a thread for each client
 
     def fork(command: list[str], env: dict[str, str], **_: Any) -> _Client:
         with one_at_a_time:
-            orders.send((command, env))
-            return _Client(orders.recv())
+            requests.send((command, env))
+            return _Client(requests.recv())
 
-    simulator_runner.subprocess = SimpleNamespace(Popen=fork, TimeoutExpired=subprocess.TimeoutExpired)
+    # NVFlare terminates a client, waits, and where that has failed kills it.
+    simulator_runner.subprocess = SimpleNamespace(Popen=fork, TimeoutExpired=psutil.Error)
     try:
         yield
     finally:
-        orders.close()  # the nursery ends, or the simulator's process would wait for it for ever
+        requests.close()  # the fork server ends, or the simulator's process would wait for it forever
 
 
-class _Client:
+class _Client(psutil.Process):
     """What NVFlare uses of `subprocess.Popen`, for a process that is another one's child."""
 
-    returncode = None
-
-    def __init__(self, pid: int):
-        self.process = psutil.Process(pid)
+    returncode = 1  # once it has ended; only its parent could know
 
     def poll(self) -> int | None:
-        if not self.process.is_running():
-            self.returncode = 1  # only its parent could know
-        return self.returncode
-
-    def wait(self, timeout: float) -> None:
-        try:
-            self.process.wait(timeout)
-        except psutil.TimeoutExpired:
-            raise subprocess.TimeoutExpired(str(self.process), timeout) from None
-
-    def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
+        return None if self.is_running() else self.returncode
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: int) -> None:
-        try:
-            self.process.send_signal(number)
-        except psutil.NoSuchProcess:
-            raise ProcessLookupError from None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            super().kill()
 
 
-def _nursery(nursery: Connection, orders: Connection) -> None:
-    """Fork a client for each order and answer with its process id, until the simulator is gone."""
-    orders.close()
+def _serve(requests: Connection, simulators_end: Connection) -> None:
+    """Fork a client for each request and answer with its process ID, until the simulator is gone."""
+    simulators_end.close()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a client that has ended leaves no zombie
     gc.freeze()  # else each client's first collection would touch, and so copy, the pages of all that it shares
-    while True:
-        try:
-            order = nursery.recv()
-        except EOFError:
-            os._exit(0)
-        client = FORK.Process(target=_become_client, args=(nursery, *order))
-        client.start()
-        nursery.send(client.pid)
+    with contextlib.suppress(EOFError):
+        while True:
+            client = FORK.Process(target=_become_client, args=(requests, *requests.recv()))
+            client.start()
+            requests.send(client.pid)
+    os._exit(0)
 
 
-def _become_client(nursery: Connection, command: list[str], environment: dict[str, str]) -> None:
+def _become_client(requests: Connection, command: list[str], environment: dict[str, str]) -> None:
     """Do what `python -m nvflare...simulator_worker ARGUMENT ...`, the command, does."""
-    nursery.close()
+    requests.close()
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()

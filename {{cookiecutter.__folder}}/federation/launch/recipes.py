@@ -1,103 +1,90 @@
 """From the command line's options to an NVFlare recipe: what the server and the sites will do."""
 
-import argparse
-from pathlib import Path
+import json
 from typing import Any
 
 import torch
+from nvflare.apis.job_def import ALL_SITES
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
 from nvflare.app_opt.pt.recipes.fedprox import FedProxRecipe
 from nvflare.app_opt.pt.recipes.scaffold import ScaffoldRecipe
 from nvflare.recipe.spec import Recipe
 
-import model as models
-from data import Holdings
-from federation.protocol import METRIC
-from federation.server.aggregation import OrderedMean, OrderedScaffold
+from federation.launch.distribution import Distribution
+from federation.launch.resume import Start
+from federation.protocol import INITIAL, METRIC, OPTIONS
+from federation.run.folder import RunFolder
+from federation.server.aggregation import OrderedMean, OrderedScaffold, StartFromCheckpoint
 from federation.server.answers import AnswerCheck
-from federation.server.audit import Receipt
+from federation.server.audit import AuditLog
 from federation.server.evaluation import FinalEvaluation
-from federation.server.fedopt import StartFromCheckpoint
-from federation.server.heartbeat import PATIENCE, Watch
+from federation.server.heartbeat import PATIENCE, HeartbeatMonitor
+from federation.site.host import SiteHost
+from settings import Options
+from trainer import make_model
 
-CLIENT_OPTIONS = (
-    "model_class",
-    "batch_size",
-    "local_epochs",
-    "learning_rate",
-    "dataset",
-    "image_size",
-    "partition",
-    "alpha",
-    "shards_per_site",
-    "n_clients",
-    "seed",
-    "tracking",
-)
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
 
 
-def build(options: argparse.Namespace, holdings: Holdings, run: Path) -> Recipe:
+def build(options: Options, distribution: Distribution, start: Start, run: RunFolder) -> Recipe:
     """The recipe of `options.algorithm`: all sites take part in each round, weighted by their training images.
 
     Args:
-        options: the command line's.
-        holdings: the classes, and in a simulation who has which images.
-        run: the run's folder, relative to the working directory: NVFlare bundles files only by a relative path.
+        options: the run's, with the federation's `classes`.
+        distribution: in a simulation, which images each site has.
+        start: what the run starts from.
+        run: its folder.
     """
-    classes = holdings.classes
-    model_args = {"num_classes": len(classes), "learning_rate": options.learning_rate}
     torch.manual_seed(options.seed)
-    if options.resume:
-        weights = torch.load(options.resume_from, weights_only=True)
-    else:
-        weights = getattr(models, options.model_class)(**model_args).state_dict()
-    bundle = run / "bundle"  # travels with the job, beside the code
-    bundle.mkdir()
-    torch.save(weights, bundle / "initial.pt")
-    (bundle / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    model = make_model(options)
+    if start.model:
+        model.load_state_dict(torch.load(start.model, weights_only=True))
+    run.bundle.mkdir()  # travels with the job, next to the code
+    torch.save(model.state_dict(), run.bundle / INITIAL)
+    (run.bundle / OPTIONS).write_text(json.dumps(options.of_run(), indent=2), encoding="utf-8")
 
     recipe = ALGORITHMS[options.algorithm](
         options,
-        name="job",
-        model={"class_path": f"model.{options.model_class}", "args": model_args},
-        initial_ckpt=str(bundle / "initial.pt"),
+        name=run.job.name,
+        model={"class_path": "trainer.make_model", "args": {}},
+        initial_ckpt=str(run.bundle / INITIAL),
         min_clients=options.n_clients,
         num_rounds=options.num_rounds,
         train_script="client.py",
-        train_args=client_arguments(options),
     )
-    server = _server(recipe)
+    server = _app(recipe, "server")
     for replaced in ("model_selector", "metrics_artifact_writer"):  # FinalEvaluation does what they do
         server.components.pop(replaced, None)
     controller = server.workflows[0].controller
-    vars(controller)["_start_round" if hasattr(controller, "_start_round") else "start_round"] = options.first_round
-    recipe.add_client_file(str(bundle))
+    vars(controller)["_start_round" if hasattr(controller, "_start_round") else "start_round"] = start.first_round
+    recipe.add_client_file(str(run.bundle))
+    _app(recipe, ALL_SITES).executors = []
+    recipe._job.to_clients(SiteHost(send_difference=options.algorithm == "fedopt"), tasks=["*"])
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
     recipe._job.to_server(FinalEvaluation(options.n_clients), id="final_evaluation")  # no public method does it
-    images = {site: {part: len(own) for part, own in parts.items()} for site, parts in holdings.sites.items()}
-    answer_check = AnswerCheck(options.algorithm, classes, options.first_round, images or None)
+    images = {site: {part: len(own) for part, own in parts.items()} for site, parts in distribution.sites.items()}
+    answer_check = AnswerCheck(options.algorithm, options.classes, start.first_round, images or None)
     recipe._job.to_server(answer_check, id="answer_check")
-    recipe._job.to_server(Receipt(), id="receipt")
+    recipe._job.to_server(AuditLog(), id="audit_log")
     if options.env != "sim":  # there, clients that take turns have no process in between; simulator.py sees to it
         recipe.add_server_config(PATIENCE)
-        recipe._job.to_server(Watch(options.site_timeout), id="watch")
+        recipe._job.to_server(HeartbeatMonitor(options.site_timeout), id="heartbeat_monitor")
     return recipe
 
 
-def fedavg(options: argparse.Namespace, **shared: Any) -> FedAvgRecipe:
+def fedavg(options: Options, **shared: Any) -> FedAvgRecipe:
     """McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"."""
     return FedAvgRecipe(aggregator=OrderedMean(options.n_clients), **_early_stopping(options), **shared)
 
 
-def fedprox(options: argparse.Namespace, **shared: Any) -> FedProxRecipe:
+def fedprox(options: Options, **shared: Any) -> FedProxRecipe:
     """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu weighs the pull to the global model."""
     own = {"aggregator": OrderedMean(options.n_clients), "fedprox_mu": options.fedprox_mu}
     return FedProxRecipe(**own, **_early_stopping(options), **shared)
 
 
-def scaffold(options: argparse.Namespace, **shared: Any) -> ScaffoldRecipe:
+def scaffold(options: Options, **shared: Any) -> ScaffoldRecipe:
     """Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", after option II.
 
     Not quite the paper's: there, a site takes plain SGD steps. The models of model.py have momentum, with which a
@@ -105,20 +92,21 @@ def scaffold(options: argparse.Namespace, **shared: Any) -> ScaffoldRecipe:
     """
     recipe = ScaffoldRecipe(**shared)
     own = OrderedScaffold(num_clients=options.n_clients, num_rounds=options.num_rounds)
-    _server(recipe).workflows[0].controller = own  # the recipe takes no aggregator
+    _app(recipe, "server").workflows[0].controller = own  # the recipe takes no aggregator
     return recipe
 
 
-def fedopt(options: argparse.Namespace, **shared: Any) -> FedOptRecipe:
+def fedopt(options: Options, **shared: Any) -> FedOptRecipe:
     """Reddi et al. 2021, "Adaptive Federated Optimization": the server takes the sites' mean change for a gradient.
 
     Its optimizer is SGD with momentum, which makes it the paper's FedAvgM.
     """
     sgd = {"lr": options.server_learning_rate, "momentum": options.server_momentum}
     optimizer = {"path": "torch.optim.SGD", "args": sgd}
+    shared["model"] = make_model(options)  # this recipe wants an object
     recipe = FedOptRecipe(aggregator=OrderedMean(options.n_clients), optimizer_args=optimizer, device="cpu", **shared)
-    # NVFlare exports those of a model's arguments that it has as attributes, and the model's defaults for others.
-    vars(_server(recipe).components["model"]).update(shared["model"]["args"])
+    # NVFlare exports an object as the name of its class: here that has to be the factory's.
+    _app(recipe, "server").components["model"] = type("make_model", (), {"__module__": "trainer"})()
     recipe._job.to_server(StartFromCheckpoint(), id="start_from_checkpoint")
     return recipe
 
@@ -126,23 +114,12 @@ def fedopt(options: argparse.Namespace, **shared: Any) -> FedOptRecipe:
 ALGORITHMS = {"fedavg": fedavg, "fedprox": fedprox, "scaffold": scaffold, "fedopt": fedopt}
 
 
-def _early_stopping(options: argparse.Namespace) -> dict[str, Any]:
+def _early_stopping(options: Options) -> dict[str, Any]:
     # NVFlare heeds `patience` only beside a condition: this one never holds.
     stop = {"stop_cond": f"{METRIC} > inf", "patience": options.patience} if options.patience else {}
     return {"key_metric": METRIC, **stop}
 
 
-def _server(recipe: Recipe) -> Any:
-    """What the recipe has built for the server. NVFlare has no public door to it; its own recipe.utils go this way."""
-    return recipe._job._deploy_map["server"].app_config
-
-
-def client_arguments(options: argparse.Namespace) -> str:
-    """client.py's command line. NVFlare splits it at white space, so no value may contain any."""
-    arguments = [f"--{name} {getattr(options, name)}" for name in CLIENT_OPTIONS]
-    arguments.append(f"--num_rounds {options.total_rounds}")
-    if options.gpu:
-        arguments.append("--gpu")
-    if options.max_batches:
-        arguments.append(f"--max_batches {options.max_batches}")
-    return " ".join(arguments)
+def _app(recipe: Recipe, target: str) -> Any:
+    """What the recipe has built for the server or the sites. NVFlare has no public access; its recipe.utils do this."""
+    return recipe._job._deploy_map[target].app_config

@@ -1,63 +1,94 @@
-"""Resume a finished run from its last global model: `--resume RUN`. command_line.py takes over its settings."""
+"""Resume a finished run from its last global model: `--resume RUN`."""
 
-import argparse
 import dataclasses
 import json
 import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-import model as models
-from data import Holdings
 from federation.errors import UserError
+from federation.run import schema
+from federation.run.folder import RunFolder
+from settings import Options
+
+if TYPE_CHECKING:  # Lightning takes seconds
+    from federation.launch.distribution import Distribution
 
 RESTARTS = {  # what a resumed run begins without
-    "fedavg": "the sites' optimizers start afresh in every round anyway",
-    "fedprox": "the sites' optimizers start afresh in every round anyway",
     "scaffold": "the control variates restart at zero",
     "fedopt": "the server's momentum restarts at zero",
 }
 
 
-def check(options: argparse.Namespace, holdings: Holdings) -> None:
-    """See that the sites hold the same images as before, and that the model of before still fits.
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: new weights, unless it resumes another run."""
 
-    Args:
-        options: the command line's; `resume_from` is the run's model.
-        holdings: data.py's `Holdings` of the run that is about to start.
+    run: str | None = None  # the name of that run
+    model: Path | None = None  # its last global model
+    first_round: int = 0  # how many rounds led to that
+    planned_rounds: int = 0  # what a learning-rate schedule was to span
+    settings: dict[str, Any] = field(default_factory=dict)  # options that it hands on
+    stages: list[dict[str, Any]] = field(default_factory=list)  # how it was trained: see run/schema.py
 
-    Raises:
-        UserError: they do not, or it is not.
-    """
-    partition = options.resume_from.parent / "partition.json"
-    try:
-        before = json.loads(partition.read_text(encoding="utf-8"))
-        classes = before["classes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"--resume {options.resume}: {partition} is missing or broken, and says which images the sites held: "
-            "resume another run"
-        ) from None
-    now = json.loads(json.dumps(dataclasses.asdict(holdings)))
-    if options.env == "prod":  # only the classes are known: each site sees to its own images
-        before, now = classes, now["classes"]
-    if before != now:
-        raise UserError(f"--resume {options.resume}: its sites held other images: give the --data_root that it had")
-    try:
-        model = getattr(models, options.model_class)(
-            num_classes=len(holdings.classes), learning_rate=options.learning_rate
+    @classmethod
+    def read(cls, name: str) -> "Start":
+        """Read a finished run.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        try:
+            folder = RunFolder.find(name)
+            result = schema.read(folder)
+        except UserError as error:
+            raise UserError(f"--resume {name}: {error}") from None
+        first_round = result["rounds"][-1]["round"]
+        return cls(
+            run=folder.name,
+            model=folder.path / result["model"],
+            first_round=first_round,
+            planned_rounds=result["total_rounds"] or first_round,
+            settings={name: result[name] for name in schema.CONFIGURATION if result.get(name) is not None},
+            stages=schema.stages(result),
         )
-        model.load_state_dict(torch.load(options.resume_from, weights_only=True))
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"--resume {options.resume}: its model does not load into {options.model_class}: {reason}"
-        ) from None
 
+    @property
+    def resumed(self) -> dict[str, Any] | None:
+        """For results.json: which run this is, and after which of its rounds."""
+        return {"run": self.run, "round": self.first_round} if self.run else None
 
-def note(options: argparse.Namespace) -> str:
-    """What to tell the user: what restarts, and whether a learning-rate schedule is not the one that was planned."""
-    text = f"resumes runs/{options.resume} after round {options.first_round}: {RESTARTS[options.algorithm]}"
-    if options.total_rounds != options.planned_rounds:
-        text += f"\na learning-rate schedule spans {options.total_rounds} rounds now, not {options.planned_rounds}"
-    return text
+    def check(self, options: Options, distribution: "Distribution") -> None:
+        """See that the sites hold the same images as before, and that the model of before still fits.
+
+        Raises:
+            UserError: they do not, or it does not.
+        """
+        import torch
+
+        from trainer import make_model
+
+        if self.model is None:
+            return
+        try:
+            before: Any = schema.read_json(self.model.with_name("partition.json"))
+            now = json.loads(json.dumps(dataclasses.asdict(distribution)))
+            if options.env == "prod":  # only the classes are known: each site sees to its own images
+                before, now = before.get("classes"), now["classes"]
+            if before != now:
+                raise UserError("its sites held other images: give the --data_root that it had")
+            make_model(options).load_state_dict(torch.load(self.model, weights_only=True))
+        except UserError as error:
+            raise UserError(f"--resume {self.run}: {error}") from None
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            fault = f"its model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
+            raise UserError(f"--resume {self.run}: {fault}") from None
+
+    def note(self, options: Options) -> str:
+        """What to tell the user: what restarts, and whether a learning-rate schedule differs from the planned one."""
+        restarts = RESTARTS.get(options.algorithm, "the sites' optimizers start afresh in every round anyway")
+        text = f"resumes runs/{self.run} after round {self.first_round}: {restarts}"
+        if options.total_rounds != self.planned_rounds:
+            text += f"\na learning-rate schedule spans {options.total_rounds} rounds now, not {self.planned_rounds}"
+        return text

@@ -1,10 +1,8 @@
 """Where a federation runs, by default: NVFlare's simulator, on this machine. Start it, follow it, end it."""
 
-import argparse
 import contextlib
 import multiprocessing
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -15,126 +13,95 @@ import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
 from federation.errors import RunError
+from federation.launch.display import Follow
 from federation.launch.fork_server import forked_clients
-from federation.launch.options import PROJECT
+from federation.launch.nvflare_log import dead_client, has_stopped, root_cause
 from federation.launch.watchdog import SIGNALS, guard
 from federation.protocol import EVALUATION
-from federation.run.workspace import SERVER, Follow, read_rounds, root_cause
+from federation.run.folder import PROJECT, RunFolder
+from settings import Options
 
-FORKS = sys.platform == "linux"  # elsewhere a fork is not safe, nor is one that goes on to use CUDA
+FORKS = sys.platform == "linux"  # elsewhere a fork is not safe, nor is one that then uses CUDA
 FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes for one client process: 0.2 and 1.1 GB were seen, with LitNet
 POLL_S = 0.2
 
 
-def simultaneous_clients(n_clients: int, forked: bool) -> int:
-    """How many client processes fit into the memory that is free; the others wait for their turn."""
-    memory = FORKED_MEMORY if forked else STARTED_MEMORY
-    return max(1, min(n_clients, int(psutil.virtual_memory().available / memory)))
-
-
-def threads_per_client(n_simultaneous: int) -> int:
+def threads_per_client(n_clients: int) -> int:
     """The machine's cores shared out. Uncapped, every client would take all of them and run three times slower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // n_simultaneous)
+    return max(1, cores // n_clients)
 
 
-def simulate(job: Path, run: Path, options: argparse.Namespace, follow: Follow) -> None:
-    """Run an exported job in NVFlare's simulator, with its output in `run/log.txt`.
+def simulate(run: RunFolder, options: Options, environment: dict[str, str], follow: Follow) -> None:
+    """Run the job in NVFlare's simulator, with its output in the run's log.
 
     Args:
-        job: the folder of the exported job.
-        run: the run's folder; its path has no white space.
-        options: the command line's; `n_clients`, `n_threads`, `algorithm` and `gpu` are used.
-        follow: called a few times a second with what the log has got since, and the records of all rounds so far.
+        run: the run's folder, with the exported job; its path has no white space.
+        options: the run's.
+        environment: variables for the server and the sites, in addition to this process's own.
+        follow: called about once a second, or more often.
 
     Raises:
-        RunError: a site failed, died or did not report.
+        RunError: a site failed or died.
         KeyboardInterrupt: passed on, once no process is left.
     """
-    workspace, log = run / "workspace", run / "log.txt"
-    gpus = None
-    if options.gpu and torch.cuda.is_available():
-        gpus = ",".join(str(i) for i in range(min(torch.cuda.device_count(), options.n_clients)))
-    forked = FORKS and not gpus
-    at_once = min(options.n_threads or simultaneous_clients(options.n_clients, forked), options.n_clients)
+    n_gpus = min(torch.cuda.device_count(), options.n_clients) if options.gpu else 0
+    forked = FORKS and not n_gpus
+    fitting = int(psutil.virtual_memory().available / (FORKED_MEMORY if forked else STARTED_MEMORY))
+    at_once = min(options.n_threads or max(1, fitting), options.n_clients)
     if at_once < options.n_clients:
         why = "--n_threads asks for" if options.n_threads else "the free memory allows"
-        if options.algorithm == "scaffold":  # each would forget its control variate
-            raise RunError(f"SCAFFOLD needs all {options.n_clients} sites at once, and {why} {at_once} at a time")
         print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each starts anew for each of its tasks")
-    # The clients inherit it. The same bits need the same number, so that a user may set it.
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_client(at_once)))
+    arguments = {
+        "job_folder": str(run.job),
+        "workspace": str(run.workspace),
+        "n_clients": options.n_clients,
+        "max_clients": options.n_clients,
+        "threads": at_once,
+        "gpu": ",".join(map(str, range(n_gpus))) or None,
+        "log_config": "concise",
+    }
+    environment = {**environment, "OMP_NUM_THREADS": str(options.threads)}
     context: Any = multiprocessing.get_context("fork" if FORKS else "spawn")
-    simulator = context.Process(
-        target=_run_simulator, args=(str(job), str(workspace), str(log), options.n_clients, at_once, gpus, forked)
-    )
-    log.touch()
-    with guard(run) as started, log.open(encoding="utf-8", errors="replace") as lines:
+    simulator = context.Process(target=_run_simulator, args=(arguments, run.log, forked, environment))
+    run.log.touch()
+    running = True
+    with guard(run) as started, run.log.open(encoding="utf-8", errors="replace") as log:
         # Held back meanwhile: a signal that comes in the middle of a fork ends in one of Python's callbacks, unheard.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         simulator.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         started(simulator.pid)
-        while True:
+        while running:
             running = simulator.is_alive()
-            follow(lines.read(), read_rounds(workspace))
-            if died := _dead_client(workspace):
-                raise RunError(root_cause(workspace) or f"{died} died: its process is gone")
-            if _has_finished(workspace):
+            follow(log.read(), run.rounds())
+            if died := dead_client(run.workspace / "server" / "error_log.txt"):
+                raise RunError(root_cause(run.workspace) or f"{died} died: its process is gone")
+            if (run.server / EVALUATION).exists() and has_stopped(run.site_log("server")):
                 return
-            if not running:
-                break
             simulator.join(POLL_S)
     if simulator.exitcode != 0:
-        raise RunError(root_cause(workspace) or f"the simulator ended with code {simulator.exitcode}")
+        raise RunError(root_cause(run.workspace) or f"the simulator ended with code {simulator.exitcode}")
 
 
-def _run_simulator(
-    job: str, workspace: str, log: str, n_clients: int, at_once: int, gpus: str | None, forked: bool
-) -> None:
+def _run_simulator(arguments: dict[str, Any], log: Path, forked: bool, environment: dict[str, str]) -> None:
     """The body of the simulator's process."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # job.py ends the whole process tree
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    with open(log, "ab") as stream:
+    with log.open("ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not the live display's
+    os.environ.update(environment)  # for the clients, which inherit it
+    torch.set_num_threads(1)  # the server does little: the cores are the clients'
     if FORKS:
         multiprocessing.set_start_method("fork", force=True)
     # Without the project's folder and modules, server and clients see the job's files alone, as real sites do.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != PROJECT]
     for name, module in list(sys.modules.items()):
-        own = Path(getattr(module, "__file__", None) or "/").parent == PROJECT
-        if own or name.split(".")[0] == "federation":
+        if name.startswith("federation") or Path(getattr(module, "__file__", None) or "/").parent == PROJECT:
             del sys.modules[name]
-    simulator = SimulatorRunner(
-        job_folder=job,
-        workspace=workspace,
-        n_clients=n_clients,
-        threads=at_once,
-        gpu=gpus,
-        log_config="concise",
-        max_clients=n_clients,
-    )
     with forked_clients() if forked else contextlib.nullcontext():
-        sys.exit(simulator.run())
-
-
-def _has_finished(workspace: Path) -> bool:
-    """All results are written. What NVFlare's simulator does after that is to wait, for some 4 seconds."""
-    log = workspace / "server" / "log.txt"
-    if not (workspace / SERVER / EVALUATION).exists():
-        return False
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - 4096))
-        return b"Server app stopped" in stream.read()
-
-
-def _dead_client(workspace: Path) -> str | None:
-    """A client whose process has vanished: NVFlare's server notes it and waits for ever."""
-    log = workspace / "server" / "error_log.txt"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    found = re.search(r"(?:Subprocess died for|Communication error with) client ([^\s:,]+)", text)
-    return found[1] if found else None
+        sys.exit(SimulatorRunner(**arguments).run())

@@ -1,16 +1,17 @@
-"""What the final model takes for what: its predictions on the test images that are on this machine."""
+"""The final model's confusion matrix on the test images that are on this machine."""
 
-import argparse
+import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from federation.errors import UserError
+from federation.run.folder import RunFolder
+from settings import Options
 
 
-def confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str, np.ndarray]:
+def confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> dict[str, np.ndarray]:
     """Test the final model again, through data.py and model.py as they are now.
 
     Args:
@@ -19,53 +20,41 @@ def confusion(run: Path, result: dict[str, Any], classes: list[str]) -> dict[str
         classes: the names, in the order of the labels.
 
     Returns:
-        For each site that has test images: int64 (classes, classes), the number of images of a true class (row) that
-        the model takes for a class (column).
+        For each site that has test images: int64 (classes, classes), the number of images by true class (row) and
+        predicted class (column).
 
     Raises:
-        UserError: the images are not here, or not those that the site had, or data.py or model.py do not fit.
+        UserError: the images are not here, or not those that the site had; the message is part of a sentence.
+        Exception: whatever data.py and model.py raise where they do not fit.
     """
-    root = os.environ.get("FL_DATA_ROOT")
-    if not root and result["data_root"]:
-        os.environ["FL_DATA_ROOT"] = result["data_root"]
-    try:
-        return {
-            site: _site(run, result, classes, site, test["images"])
-            for site, test in result["test"]["sites"].items()
-            if test["images"]
-        }
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's data.py and model.py raise, the rest of the report stands
-        raise UserError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}") from None
-    finally:
-        if not root:
-            os.environ.pop("FL_DATA_ROOT", None)
-
-
-def _site(run: Path, result: dict[str, Any], classes: list[str], site: str, n_images: int) -> np.ndarray:
+    tests = {site: test for site, test in result["test"]["sites"].items() if test["images"]}
+    if not tests:
+        return {}
     import federation.site.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
     import torch
 
-    import model as models
+    import trainer
     from data import SiteDataModule
 
-    name = result["model_class"] or "LitNet"  # the one that there was, for an older file
-    model = getattr(models, name)(num_classes=len(classes), learning_rate=result["learning_rate"])
-    model.load_state_dict(torch.load(run / result["model"], weights_only=True))
+    options = dataclasses.replace(Options.of(result), classes=classes, gpu=False)
+    options.data_root = os.environ.get("FL_DATA_ROOT") or options.data_root
+    n_classes = len(classes)
+    model = trainer.make_model(options)
+    model.load_state_dict(torch.load(run.path / result["model"], weights_only=True))
     model.eval()
-    data = SiteDataModule(site, classes, argparse.Namespace(**result, gpu=False))
-    data.prepare_data()
-    data.setup("test")
-    if data.n_test != n_images:
-        raise UserError(f"{site} had {n_images} test images, and on this machine there are {data.n_test} for it")
-    matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    with torch.inference_mode():
+    matrices = {site: np.zeros((n_classes, n_classes), dtype=np.int64) for site in tests}
+    for site, matrix in matrices.items():
+        data = SiteDataModule(site, options)
+        data.prepare_data()
+        data.setup("test")
+        if (found := trainer.n_images(data, "test")) != (had := tests[site]["images"]):
+            raise UserError(f"{site} had {had} test images, and on this machine there are {found} for it")
         for index, batch in enumerate(data.test_dataloader()):
-            scores, labels = model.predict_step(batch, index), batch[1]
-            if scores.shape != (len(labels), len(classes)):
+            with torch.inference_mode():
+                scores, labels = model.predict_step(batch, index), batch[1]
+            if scores.shape != (len(labels), n_classes):
                 raise UserError("predict_step of model.py does not return a score for each image and class")
             np.add.at(matrix, (labels.numpy(), scores.argmax(dim=1).numpy()), 1)
-    return matrix
+    return matrices

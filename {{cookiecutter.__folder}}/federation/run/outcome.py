@@ -1,78 +1,73 @@
-"""What a finished run has to show: bring it home from where NVFlare's server left it, and work out its figures."""
+"""Collect the files of a finished run, compute its metrics, and judge it."""
 
 import hashlib
 import json
 import re
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from federation import protocol
 from federation.errors import RunError
-from federation.protocol import AUDIT_LOG, BEST, EVALUATION, FAILURE, FINAL, HOLDS, REJECTED, read_json_lines
+from federation.protocol import read_json_lines
 from federation.run import timing
+from federation.run.folder import RunFolder
 from federation.run.metrics import weighted_mean
-from federation.run.workspace import SERVER, read_rounds, root_cause
+from settings import Options
+from trainer import make_model
 
-LAST = "last.pt"  # in the folder of a run that failed
 
-
-def bring_home(
-    run: Path, num_rounds: int, sites: list[str], patience: int | None = None, tolerant: bool = False
-) -> dict[str, Any]:
-    """Gather what the server wrote: the metrics of every round, the final model and the best one.
+def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any]:
+    """Collect what the server wrote: the metrics of every round, the final model and the best one.
 
     Args:
-        run: the run's folder. `final.pt` and `best.pt`, plain dicts of tensors, are written into it, and the receipt.
-        num_rounds: how many there should be.
+        run: the run's folder; `final.pt` and `best.pt`, plain dicts of tensors, and the audit log are written into it.
+        options: the run's. With `patience` there may be fewer rounds; outside the simulator sites may have been lost.
         sites: whom the job was sent to.
-        patience: with it there may be fewer: the last so many began with no better validation accuracy.
-        tolerant: whether sites may have been lost on the way.
 
     Returns:
         `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images` and `timing`, as
-        federation/run/schema.py documents them, and `counts`: site -> class -> number of images, where real sites have
-        told, else empty.
+        federation/run/schema.py documents them, and `counts`: site -> class -> number of images, where real sites
+        have told, else empty.
 
     Raises:
         RunError: something is missing.
     """
-    server = run / "workspace" / SERVER
-    rounds = read_rounds(run / "workspace")
-    stopped_early = patience is not None and len(rounds) < num_rounds and _without_gain(rounds) >= patience
-    if len(rounds) != num_rounds and not stopped_early:
-        raise RunError(f"only {len(rounds)} of {num_rounds} rounds were finished")
-    if not (server / EVALUATION).exists():
+    server, rounds, patience = run.server, run.rounds(), options.patience
+    stopped_early = patience is not None and len(rounds) < options.num_rounds and _without_gain(rounds) >= patience
+    if len(rounds) != options.num_rounds and not stopped_early:
+        raise RunError(f"only {len(rounds)} of {options.num_rounds} rounds were finished")
+    if not (server / protocol.EVALUATION).exists():
         raise RunError("no site evaluated the final model")
-    evaluation = json.loads((server / EVALUATION).read_text(encoding="utf-8"))
+    evaluation = json.loads((server / protocol.EVALUATION).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
-    reports = dict(sorted(final["sites"].items(), key=_by_number))
+    reports, best_reports = (dict(sorted(model["sites"].items(), key=_by_number)) for model in (final, best))
     lost = sorted(set(sites) - set(reports))
-    rejected = read_json_lines(server / REJECTED)
+    rejected = read_json_lines(server / protocol.REJECTED)
     silent = [site for site in lost if site not in {record["site"] for record in rejected}]
-    if silent and not tolerant:
+    if silent and options.env == "sim":
         raise RunError(f"{', '.join(silent)} did not evaluate the final model")
 
-    shutil.copy(server / FINAL, run)
-    shutil.copy(server / (FINAL if best["round"] == final["round"] else BEST), run / BEST)
-    if (receipt := server / AUDIT_LOG).exists():
-        shutil.copy(receipt, run)
+    shutil.copy(server / protocol.FINAL, run.final)
+    shutil.copy(server / (protocol.FINAL if best["round"] == final["round"] else protocol.BEST), run.best)
+    if (server / protocol.AUDIT_LOG).exists():
+        shutil.copy(server / protocol.AUDIT_LOG, run.audit_log)
     # A round's record, counted from 0, has what the sites said of the model that they got: the one before the round.
     curve = {record["round"]: {site: own["metrics"] for site, own in record["sites"].items()} for record in rounds}
     curve[final["round"]] = reports
-    images = {site: report["val_images"] for site, report in reports.items()} | dict.fromkeys(lost, 0)
+    images = {site: report[protocol.VAL_IMAGES] for site, report in reports.items()} | dict.fromkeys(lost, 0)
     counts = {
-        site: {name.removeprefix(HOLDS): n for name, n in report.items() if name.startswith(HOLDS)}
+        site: {name.removeprefix(protocol.HOLDS): n for name, n in report.items() if name.startswith(protocol.HOLDS)}
         for site, report in reports.items()
     }
     return {
         "rounds": [_validation(number, metrics, images) for number, metrics in curve.items()],
         "stopped_early": stopped_early,
         "test": _test(reports),
-        "model": FINAL,
-        "sha256": fingerprint(torch.load(run / FINAL, weights_only=True)),
-        "best": {"round": best["round"], "model": BEST, "test": _test(best["sites"])},
+        "model": protocol.FINAL,
+        "sha256": fingerprint(torch.load(run.final, weights_only=True)),
+        "best": {"round": best["round"], "model": protocol.BEST, "test": _test(best_reports)},
         "lost": lost,
         "rejected": rejected,
         "images": {
@@ -80,23 +75,40 @@ def bring_home(
             for record in rounds
             for site, own in record["sites"].items()
         },
-        "timing": timing.totals(timing.phases(run / "workspace")),
+        "timing": timing.totals(timing.phases(run)),
         "counts": counts if any(counts.values()) else {},
     }
 
 
-def failure(run: Path, error: Exception) -> str:
+def failure(run: RunFolder, error: Exception, is_of_a_site: bool) -> str:
     """Why a run failed and what is left of it: a site's own error, else the server's reason to end it, else `error`.
 
-    The global model after the last finished round is brought home as `last.pt`, where there is one.
+    The global model after the last finished round is collected as `last.pt`, where there is one.
     """
-    server, reason, left = run / "workspace" / SERVER, str(error), ""
-    if (server / FAILURE).exists() and not root_cause(run / "workspace"):
-        reason = json.loads((server / FAILURE).read_text(encoding="utf-8"))["reason"]
-    if (server / FINAL).exists():
-        shutil.copy(server / FINAL, run / LAST)
-        left = f"\n{run}/{LAST} is the global model after the last round that was finished"
-    return f"{reason}{left}\nThe whole log: {run}/log.txt"
+    reason, left = str(error), ""
+    if (run.server / protocol.FAILURE).exists() and not is_of_a_site:
+        reason = json.loads((run.server / protocol.FAILURE).read_text(encoding="utf-8"))["reason"]
+    if (run.server / protocol.FINAL).exists():
+        shutil.copy(run.server / protocol.FINAL, run.last)
+        left = f"\n{run.last} is the global model after the last round that was finished"
+    return f"{reason}{left}\nThe whole log: {run.log}"
+
+
+def find_fault(run: RunFolder, result: dict[str, Any], options: Options, sites: list[str]) -> str | None:
+    """What is wrong with a run whose results.json is `result`, or None: did all sites report, is there a new model?"""
+    if silent := [site for site in sites if site not in result["test"]["sites"]]:
+        return f"no word from {', '.join(silent)}"
+    initial = torch.load(run.bundle / protocol.INITIAL, weights_only=True)
+    final = torch.load(run.final, weights_only=True)
+    try:
+        make_model(options).load_state_dict(final)
+    except RuntimeError as error:
+        return f"the new global model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
+    if all(torch.allclose(initial[name], final[name]) for name in initial):  # averaging alone rounds the last bits
+        return "the new global model is the same as the initial one"
+    if not all(torch.isfinite(tensor).all() for tensor in final.values()):
+        return "the new global model is not finite"
+    return None
 
 
 def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
@@ -109,10 +121,9 @@ def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
 
 
 def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[str, int]) -> dict[str, Any]:
-    """What the model after `number` rounds is worth on the sites' validation images, of which each has so many."""
-    accuracies, losses = (
-        {site: metrics.get(site, {}).get(name) for site in images} for name in ("val_acc", "val_loss")
-    )
+    """Validation metrics after round `number`, weighted by images per site."""
+    names = (protocol.METRIC, "val_loss")
+    accuracies, losses = ({site: metrics.get(site, {}).get(name) for site in images} for name in names)
     mean = weighted_mean(accuracies, images)
     return {
         "round": number,
@@ -126,24 +137,22 @@ def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[st
 
 def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The test of one model: `accuracy` and `loss` over all sites' test images, `sites`, and the `worst` of them."""
-    tests = {
-        site: {"accuracy": report.get("test_acc"), "loss": report.get("test_loss"), "images": report["test_images"]}
-        for site, report in sorted(reports.items(), key=_by_number)
-    }
-    tested = {site: test for site, test in tests.items() if test["images"]}
-    images = {site: test["images"] for site, test in tested.items()}
-    rated = {site: test for site, test in tested.items() if test["accuracy"] is not None}
+    images = {site: report[protocol.TEST_IMAGES] for site, report in reports.items()}
+    accuracies, losses = ({site: reports[site].get(key) for site in reports} for key in ("test_acc", "test_loss"))
+    rated = {site: value for site, value in accuracies.items() if value is not None and images[site]}
     return {
-        "accuracy": weighted_mean({site: test["accuracy"] for site, test in tested.items()}, images),
-        "loss": weighted_mean({site: test["loss"] for site, test in tested.items()}, images),
-        "sites": tests,
-        "worst": min(rated, key=lambda site: rated[site]["accuracy"], default=None),
+        "accuracy": weighted_mean(accuracies, images),
+        "loss": weighted_mean(losses, images),
+        "sites": {
+            site: {"accuracy": accuracies[site], "loss": losses[site], "images": images[site]} for site in reports
+        },
+        "worst": min(rated, key=rated.__getitem__, default=None),
     }
 
 
 def _without_gain(rounds: list[dict[str, Any]]) -> int:
     """How many rounds there have been since the one with the best validation accuracy."""
-    accuracies = [record["metrics"]["val_acc"] for record in rounds if "val_acc" in record["metrics"]]
+    accuracies = [record["metrics"][protocol.METRIC] for record in rounds if protocol.METRIC in record["metrics"]]
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
 

@@ -1,52 +1,41 @@
-"""Where a run's time went, as the sites' logs tell: NVFlare puts the time before each line that client.py prints."""
+"""Where a run's time went, by the phases that the server and the sites have announced."""
 
-import re
-from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
+from federation.protocol import DONE, PROGRESS, STARTING, TRAINING, WAITING, read_json_lines
+from federation.run.folder import RunFolder
+
 KINDS = ("start", "computing", "evaluating", "waiting")
-BEGINS = {  # what a site does from this line of its log on
-    "ClientTaskWorker started to run": "start",  # NVFlare's; its imports and the data follow
-    "--- train new model ---": "computing",
-    "--- validate global model ---": "evaluating",
-    "--- evaluate global model ---": "evaluating",
-    "--- test new model ---": "evaluating",
-    "--- prediction with new model ---": "evaluating",
-    "--- wait for the server ---": "waiting",
-}
-LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (.*)", re.MULTILINE)
+KIND_OF = {STARTING: "start", TRAINING: "computing", WAITING: "waiting"}  # all other phases: evaluating
 
 
-def phases(workspace: Path) -> dict[str, list[tuple[float, float, str]]]:
+def phases(run: RunFolder) -> dict[str, list[tuple[float, float, str]]]:
     """Follow every site through a run.
 
-    Args:
-        workspace: the run's, with a folder for the server and one for each site, and a log.txt in each.
-
     Returns:
-        site -> (start, end, kind), in seconds after the server's first line, without gaps up to its last line; a kind
-        is one of `KINDS`. Empty where a log is missing or does not say.
+        site -> (start, end, kind), in seconds after the server's start, without gaps up to its end; a kind is one of
+        `KINDS`. Empty where the server or a site did not announce everything.
     """
-    server = _lines(workspace / "server" / "log.txt")
+    server = _announced(run.server / PROGRESS)
+    names = {file.parents[1].name for file in run.workspace.glob(f"*/*/{PROGRESS}")} - {"server"}
+    sites = {site: _announced(run.progress(site)) for site in sorted(names, key=lambda name: (len(name), name))}
     if not server:
         return {}
     first, last = server[0][0], server[-1][0]
+    if server[-1][1] != DONE:
+        last = max(time for announced in (server, *sites.values()) for time, _ in announced)
     found = {}
-    for log in sorted(workspace.glob("*/log.txt"), key=lambda log: (len(log.parent.name), log.parent.name)):
-        if log.parent.name == "server":
-            continue
-        begins = [(first, "start")]
-        for time, text in _lines(log):
-            kind = next((kind for mark, kind in BEGINS.items() if text.endswith(mark)), None)
-            if kind and kind != begins[-1][1]:
-                begins.append((min(max(time, first), last), kind))
+    for site, announced in sites.items():
+        begins = [(0.0, "start")]
+        for time, phase in announced:
+            kind = KIND_OF.get(phase, "evaluating")
+            if kind != begins[-1][1]:
+                begins.append((round(min(max(time, first), last) - first, 3), kind))  # clocks may differ
         if begins[-1][1] != "waiting":  # a site's last act is to wait for the others
             return {}
-        ends = [time for time, _ in begins[1:]] + [last]
-        found[log.parent.name] = [
-            ((begin - first).total_seconds(), (end - first).total_seconds(), kind)
-            for (begin, kind), end in zip(begins, ends, strict=True)
-        ]
+        begins.append((round(last - first, 3), ""))
+        found[site] = [(start, end, kind) for (start, kind), (end, _) in pairwise(begins)]
     return found
 
 
@@ -59,6 +48,5 @@ def totals(found: dict[str, list[tuple[float, float, str]]]) -> dict[str, dict[s
     return sums or None
 
 
-def _lines(log: Path) -> list[tuple[datetime, str]]:
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return [(datetime.strptime(time, "%Y-%m-%d %H:%M:%S,%f"), line.rstrip()) for time, line in LINE.findall(text)]
+def _announced(file: Path) -> list[tuple[float, str]]:
+    return [(record["time"], record["phase"]) for record in read_json_lines(file) if "phase" in record]

@@ -35,7 +35,7 @@ from federation.protocol import (
     write_json,
 )
 
-HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # where numbers grew beyond all bounds
+HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # where training diverged
 MAX_REASONS = 3  # that a message lists
 
 
@@ -55,11 +55,7 @@ class AnswerCheck(FLComponent):
     """
 
     def __init__(
-        self,
-        algorithm: str,
-        classes: list[str],
-        first_round: int = 0,
-        images: dict[str, dict[str, int]] | None = None,
+        self, algorithm: str, classes: list[str], first_round: int = 0, images: dict[str, dict[str, int]] | None = None
     ):
         super().__init__()
         self.algorithm, self.classes, self.first_round, self.images = algorithm, classes, first_round, images
@@ -72,7 +68,7 @@ class AnswerCheck(FLComponent):
         if event_type == EventType.AFTER_TASK_RESULT_FILTER:
             self._check(fl_ctx.get_prop(FLContextKey.TASK_RESULT), fl_ctx)
         elif event_type == AppEventType.INITIAL_MODEL_LOADED:
-            self.specs = specs_of(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS])
+            self.specs = specs_of(global_model(fl_ctx))
         elif event_type == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE:
             self.round += 1
             model = global_model(fl_ctx)
@@ -130,11 +126,11 @@ class AnswerCheck(FLComponent):
     def _evaluation_fault(self, site: str, metrics: Any) -> str | None:
         if fault := metric_fault(metrics):
             return fault
-        for name, count in metrics.items():
+        for name in metrics:
             if name.startswith(HOLDS):
-                if name.removeprefix(HOLDS) not in self.classes:
-                    return f"it has images of an unknown class {name.removeprefix(HOLDS)!r}"
-                if fault := count_fault(name, count, 0, None):
+                if (class_ := name.removeprefix(HOLDS)) not in self.classes:
+                    return f"it has images of an unknown class {class_!r}"
+                if fault := count_fault(name, metrics[name], 0, None):
                     return fault
         return self._count_fault(site, {"val": metrics.get(VAL_IMAGES), "test": metrics.get(TEST_IMAGES)})
 

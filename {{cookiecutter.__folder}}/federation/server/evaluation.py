@@ -1,14 +1,16 @@
-"""The record of the rounds and the last step of a federation: evaluation of the final global model, and of the best.
+"""The record of the rounds, and the last step of a federation: evaluation of the final and the best global model.
 
 The best model is the aggregate with the highest validation accuracy, the last one included; of equals the latest.
 Every aggregate but the last is validated by the sites at the beginning of the round that follows, so the best of them
 is known before the end, and it is tested only where the last one turns out to validate worse. Two models are compared
-by the sites that validated both: after a site is lost, a mean of those left says nothing about a mean of all.
+by the sites that validated both: after a site is lost, the mean over the others says nothing about the mean over all.
 """
 
+import time
 from typing import Any
 
 import torch
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -16,20 +18,24 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.model_controller import ModelController
 
+from federation.exchange import mean_metrics
 from federation.protocol import (
     BEST,
+    DONE,
     EVALUATION,
     FINAL,
     METRIC,
+    PROGRESS,
     REJECTED,
     ROUNDS,
+    STARTING,
     VAL_IMAGES,
     append_json,
     read_json_lines,
     save_tensors,
     write_json,
 )
-from federation.server.aggregation import SITES, mean_metrics
+from federation.server.aggregation import SITES
 from federation.server.answers import global_model, require_majority, run_folder
 
 Validation = dict[str, tuple[dict[str, Any], int]]  # site -> metrics of a model, number of validation images
@@ -45,7 +51,8 @@ class FinalEvaluation(ModelController):
       answers that were left out;
     - `best.pt`, where a model before the last one validated best: a plain state dict;
     - `evaluation.json`: `final` and `best`, each with its `round` (how many aggregations made it), its validation
-      `accuracy`, and for each site the metrics that client.py sends.
+      `accuracy`, and for each site the metrics that client.py sends;
+    - `progress.jsonl`: when the run started and when it was done, in the format of the sites' (site/progress.py).
 
     Args:
         n_sites: how many the job was sent to.
@@ -60,8 +67,13 @@ class FinalEvaluation(ModelController):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
-        if event_type != AppEventType.AFTER_AGGREGATION:
-            return
+        if event_type == EventType.START_RUN:
+            self._announce(STARTING, fl_ctx)
+        elif event_type == AppEventType.AFTER_AGGREGATION:
+            self._record(fl_ctx)
+
+    def _record(self, fl_ctx: FLContext) -> None:
+        """Write down a round, and keep the model that it began with if that is the best so far."""
         # The sites validated what the round began with, which GLOBAL_MODEL still is: `began` aggregations made it.
         began = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         self.n_aggregations = began + 1
@@ -85,6 +97,10 @@ class FinalEvaluation(ModelController):
         if self.best and not is_at_least_as_good(validation, self.best):
             report["best"] = self.evaluate(torch.load(folder / BEST, weights_only=True), self.best_round)
         write_json(folder / EVALUATION, report)
+        self._announce(DONE, self.fl_ctx)
+
+    def _announce(self, phase: str, fl_ctx: FLContext) -> None:
+        append_json(run_folder(fl_ctx) / PROGRESS, {"time": time.time(), "phase": phase})
 
     def evaluate(self, model: dict[str, torch.Tensor], n_aggregations: int) -> dict[str, Any]:
         """Let all sites validate and test a model.

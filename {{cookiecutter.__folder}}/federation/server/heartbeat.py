@@ -2,8 +2,8 @@
 
 NVFlare's server notices a site that is gone, but not one that was killed and started again: it registers again, knows
 nothing of the job, and the round would wait for its result forever. A site that answers a heartbeat in time, however
-late, is not lost: its network may have been cut for a while. A site whose training hangs answers heartbeats forever, so
-that there is a limit to that as well.
+late, is not lost: its network may have been down for a while. A site whose training hangs answers heartbeats forever,
+so there is a limit to that as well.
 """
 
 import threading
@@ -20,15 +20,15 @@ from federation.protocol import BACK, LATE
 
 ASK_EVERY_S = 5.0
 ANSWER_S = 5.0
-SILENCE_S = 60.0  # after so long without an answer a site is lost to the job
+SILENCE_S = 60.0  # without an answer for this long, a site is lost to the job
 START_S = 60.0  # more at the beginning: a site imports PyTorch first
-PATIENCE = {  # seconds: NVFlare's own, which begins after that and anew in each round; little is needed any more
+PATIENCE = {  # seconds: NVFlare's own, which begins after that and again in each round; little is needed any more
     "dead_client_grace_period": 1.0,
     "dead_client_check_lead_time": 5.0,
 }
 
 
-class Watch(FLComponent):
+class HeartbeatMonitor(FLComponent):
     """Reports a silent or late site to the workflow, which then continues without it, while `min_clients` are left.
 
     A late site takes part again from the next task that it fetches.
@@ -47,20 +47,20 @@ class Watch(FLComponent):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
-            threading.Thread(target=self._watch, args=(fl_ctx.get_engine(),), daemon=True).start()
+            threading.Thread(target=self._monitor, args=(fl_ctx.get_engine(),), daemon=True).start()
         elif event_type in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
             self.over.set()
         elif event_type == EventType.AFTER_TASK_DATA_FILTER:  # a task is on its way to a site, maybe not the first time
             site, task = fl_ctx.get_peer_context().get_identity_name(), fl_ctx.get_prop(FLContextKey.TASK_ID)
             if self.tasks.get(site, ("", 0.0))[0] != task:
                 self.tasks[site] = (task, time.monotonic())
-                if site in self.late:  # it is done with its old task: NVFlare sees to it that nobody gets the result
+                if site in self.late:  # it is done with its old task, whose result NVFlare discards
                     self.late.remove(site)
                     self.log_info(fl_ctx, BACK.format(site))
         elif event_type == EventType.BEFORE_TASK_RESULT_FILTER:  # an answer has come
             self.tasks.pop(fl_ctx.get_peer_context().get_identity_name(), None)
 
-    def _watch(self, engine: Any) -> None:
+    def _monitor(self, engine: Any) -> None:
         self.heard = dict.fromkeys((client.name for client in engine.get_clients()), time.monotonic() + START_S)
         while not self.over.wait(ASK_EVERY_S):
             with engine.new_context() as fl_ctx:
@@ -73,7 +73,7 @@ class Watch(FLComponent):
         """Ask all sites whether they still work on the job, and report those that are silent or late."""
         answers = fl_ctx.get_engine().send_aux_request(
             targets=list(self.heard),
-            topic=ReservedTopic.JOB_HEART_BEAT,  # NVFlare's client answers it, while it trains as well
+            topic=ReservedTopic.JOB_HEART_BEAT,  # NVFlare's client answers it, also while it trains
             request=Shareable(),
             timeout=ANSWER_S,
             fl_ctx=fl_ctx,

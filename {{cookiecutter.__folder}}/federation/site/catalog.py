@@ -1,10 +1,11 @@
-"""Public data sets and image folders: have them fetched, convert them once, open them.
+"""Public data sets and image folders: fetch them, convert them once, open them.
 
 Every data set becomes one *store*: a folder in the user's cache with one memory-mapped file of images and one of
 labels for each split, and the list of classes. All sites of a machine, and all projects, share it. Only the user who
 made it can read it, since the images can be private.
 """
 
+import gzip
 import hashlib
 import os
 import shutil
@@ -14,15 +15,14 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from federation.errors import UserError
 from federation.site.fetch import fetch, new_deadline
-
-if TYPE_CHECKING:  # public data sets do without Pillow
-    from PIL.ImageFile import ImageFile
+from settings import DATASETS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")  # Pillow's names; what a file is, whatever its suffix
@@ -40,13 +40,7 @@ class Split:
     classes: list[str]
 
 
-@dataclass(frozen=True)
-class Raw:
-    """A data set as its source has it: uint8 images (N, H, W) or (N, H, W, 3), labels (N,), class names."""
-
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    classes: list[str]
+Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, H, W) or (N, H, W, 3), as the source has them, and labels (N,)
 
 
 @dataclass(frozen=True)
@@ -55,57 +49,45 @@ class Source:
 
     files: tuple[tuple[str, str], ...]
     mirrors: tuple[str, ...]
-    read: Callable[[Path, Path], Raw]  # (the folder of the files, a folder to unpack in)
+    read: Callable[[Path, Path], tuple[Images, Images]]  # the files' folder, one to unpack in -> training, test images
     classes: tuple[str, ...]
 
 
-def _read_cifar10(folder: Path, scratch: Path) -> Raw:
+def _read_cifar10(folder: Path, scratch: Path) -> tuple[Images, Images]:
     from torchvision.datasets import CIFAR10
 
     with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
         shutil.unpack_archive(folder / "cifar-10-python.tar.gz", unpacked)
         train, test = (CIFAR10(unpacked, train=is_train) for is_train in (True, False))
-    return Raw((train.data, np.array(train.targets)), (test.data, np.array(test.targets)), list(train.classes))
+    return (train.data, np.array(train.targets)), (test.data, np.array(test.targets))
 
 
-def _read_fashion_mnist(folder: Path, scratch: Path) -> Raw:
-    from torchvision.datasets import FashionMNIST
-    from torchvision.datasets.utils import extract_archive
-
-    with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
-        raw = Path(unpacked, "FashionMNIST", "raw")
-        raw.mkdir(parents=True)
-        for name, _ in SOURCES["fashion_mnist"].files:
-            extract_archive(str(folder / name), str(raw))
-        train, test = (FashionMNIST(unpacked, train=is_train) for is_train in (True, False))
-    return Raw(
-        (train.data.numpy(), train.targets.numpy()),
-        (test.data.numpy(), test.targets.numpy()),
-        [name.replace("/", " or ") for name in train.classes],
-    )
+def _read_fashion_mnist(folder: Path, scratch: Path) -> tuple[Images, Images]:
+    files = [gzip.decompress((folder / name).read_bytes()) for name, _ in SOURCES["fashion_mnist"].files]
+    train, test = (np.frombuffer(files[i], np.uint8, offset=16).reshape(-1, 28, 28) for i in (0, 2))
+    train_labels, test_labels = (np.frombuffer(files[i], np.uint8, offset=8) for i in (1, 3))
+    return (train, train_labels), (test, test_labels)
 
 
-def _read_bloodmnist(folder: Path, scratch: Path) -> Raw:
+def _read_bloodmnist(folder: Path, scratch: Path) -> tuple[Images, Images]:
     with np.load(folder / "bloodmnist.npz", allow_pickle=False) as arrays:
+        # Each site splits off its own validation images: the official ones join the training images.
         images, labels = (
-            {split: arrays[f"{split}_{kind}"] for split in ("train", "val", "test")} for kind in ("images", "labels")
+            np.concatenate([arrays[f"train_{kind}"], arrays[f"val_{kind}"]]) for kind in ("images", "labels")
         )
-    # Each site splits off its own validation images: the official ones are dealt with the training images.
-    train = (np.concatenate([images["train"], images["val"]]), np.concatenate([labels["train"], labels["val"]]).ravel())
-    return Raw(train, (images["test"], labels["test"].ravel()), list(SOURCES["bloodmnist"].classes))
+        return (images, labels.ravel()), (arrays["test_images"], arrays["test_labels"].ravel())
 
 
-def _read_digits(folder: Path, scratch: Path) -> Raw:
+def _read_digits(folder: Path, scratch: Path) -> tuple[Images, Images]:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()  # 8 x 8 pixels from 0 to 16; ships with scikit-learn
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    enlarged = pixels.repeat(4, axis=1).repeat(4, axis=2)
+    enlarged = np.round(digits.images * (255 / 16)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     train, test, train_labels, test_labels = train_test_split(
         enlarged, digits.target, test_size=0.2, stratify=digits.target, random_state=0
     )
-    return Raw((train, train_labels), (test, test_labels), [str(name) for name in digits.target_names])
+    return (train, train_labels), (test, test_labels)
 
 
 SOURCES = {
@@ -144,7 +126,6 @@ SOURCES = {
     ),
     "digits": Source(files=(), mirrors=(), read=_read_digits, classes=tuple("0123456789")),
 }
-DATASETS = (*SOURCES, "image_folder")
 
 
 def cache_folder() -> Path:
@@ -170,7 +151,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
     of a folder of images is removed; what a process has opened of it stays readable for that process.
 
     Args:
-        dataset: one of DATASETS.
+        dataset: one of settings.DATASETS.
         root: where the raw data lies: a public data set's archive (None: the cache folder), or the folder of images.
         image_size: S, the side of the converted images in pixels.
 
@@ -191,9 +172,10 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
             if not store.is_dir():  # another process may have made it while this one waited for the lock
                 with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as unfinished:
                     if dataset == "image_folder":
-                        _convert_folder(Path(root or ""), image_size, Path(unfinished))
+                        classes = _convert_folder(root or Path(), image_size, Path(unfinished))
                     else:
-                        _convert_public(dataset, root, image_size, Path(unfinished))
+                        classes = _convert_public(dataset, root, image_size, Path(unfinished))
+                    Path(unfinished, "classes.txt").write_text("\n".join(classes), encoding="utf-8")
                     for file in Path(unfinished).iterdir():  # the folder itself is 0700
                         file.chmod(0o600)
                     os.rename(unfinished, store)
@@ -264,26 +246,17 @@ def _store_name(dataset: str, root: Path | None, image_size: int) -> tuple[str, 
     return f"{dataset}-{image_size}px", ""
 
 
-def _write(store: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-    np.save(store / f"{split}-images.npy", images)
-    np.save(store / f"{split}-labels.npy", labels.astype(np.int64))
-
-
-def _write_classes(store: Path, classes: list[str]) -> None:
-    (store / "classes.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-
-
 # ---- public data sets
 
 
-def _convert_public(dataset: str, root: Path | None, image_size: int, store: Path) -> None:
+def _convert_public(dataset: str, root: Path | None, image_size: int, store: Path) -> list[str]:
     source, folder, deadline = SOURCES[dataset], root or cache_folder(), new_deadline()
     for name, md5 in source.files:
         fetch(dataset, name, md5, source.mirrors, folder, root, deadline)
-    raw = source.read(folder, store)
-    for split, (images, labels) in (("train", raw.train), ("test", raw.test)):
-        _write(store, split, _square(images, image_size), labels)
-    _write_classes(store, raw.classes)
+    for split, (images, labels) in zip(("train", "test"), source.read(folder, store), strict=True):
+        np.save(store / f"{split}-images.npy", _square(images, image_size))
+        np.save(store / f"{split}-labels.npy", labels.astype(np.int64))
+    return list(source.classes)
 
 
 def _square(images: np.ndarray, image_size: int) -> np.ndarray:
@@ -291,8 +264,8 @@ def _square(images: np.ndarray, image_size: int) -> np.ndarray:
     import torch
     from torchvision.transforms.v2.functional import resize
 
-    colour = images if images.ndim == 4 else images[..., np.newaxis].repeat(3, axis=3)
-    tensor = torch.from_numpy(np.ascontiguousarray(colour.transpose(0, 3, 1, 2)))
+    color = images if images.ndim == 4 else images[..., np.newaxis].repeat(3, axis=3)
+    tensor = torch.from_numpy(np.ascontiguousarray(color.transpose(0, 3, 1, 2)))
     if tensor.shape[-2:] != (image_size, image_size):
         tensor = torch.cat([resize(part, [image_size, image_size], antialias=True) for part in tensor.split(1000)])
     return tensor.numpy()
@@ -327,50 +300,43 @@ def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # no `test` folder: a part of `train` is held out
+    if not isinstance(error, FileNotFoundError):  # no `test` folder: a part of `train` is split off
         raise error
 
 
-def _convert_folder(root: Path, image_size: int, store: Path) -> None:
-    splits = [split for split in ("train", "test") if (root / split).is_dir()]
-    folders = {
-        split: sorted(p.name for p in (root / split).iterdir() if p.is_dir() and p.name[0] != ".") for split in splits
-    }
-    for split in splits:
-        if not folders[split]:
-            raise UserError(f"{root / split} is empty: expected {root / split}/<class>/<image>")
-    check_classes({str(root / split): folders[split] for split in splits})
-    classes = sorted(set().union(*folders.values()))
-    files: dict[str, list[tuple[Path, int]]] = {}
-    for split in splits:
-        files[split] = []
-        for name in folders[split]:
-            paths = (Path(folder, file) for folder, files_in in _walk(root / split / name) for file in files_in)
-            found = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-            if not found:
-                raise UserError(
-                    f"{root / split / name} holds no image: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it"
-                )
-            files[split] += [(path, classes.index(name)) for path in found]
-    if "test" not in splits:
+def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
+    found = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
+    check_classes({str(root / split): list(of_class) for split, of_class in found.items()})
+    classes = sorted(set().union(*found.values()))
+    files = {split: [(path, name) for name in own for path in own[name]] for split, own in found.items()}
+    if "test" not in files:
         order = np.random.RandomState(0).permutation(len(files["train"]))
         n_test = max(len(order) // 10, 1)
-        files["test"] = [files["train"][i] for i in sorted(order[:n_test])]
-        files["train"] = [files["train"][i] for i in sorted(order[n_test:])]
-    for split in ("train", "test"):
-        _convert_files(split, files[split], image_size, store)
-    _write_classes(store, classes)
+        test, train = ([files["train"][i] for i in sorted(places)] for places in (order[:n_test], order[n_test:]))
+        files = {"train": train, "test": test}
+    for split, pairs in files.items():
+        shape = (len(pairs), 3, image_size, image_size)
+        images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        bar = tqdm(pairs, desc=f"Converting {split} images", disable=not sys.stderr.isatty())
+        for i, (path, _) in enumerate(bar):
+            images[i] = _read_image(path, image_size)
+        images.flush()
+        np.save(store / f"{split}-labels.npy", np.array([classes.index(name) for _, name in pairs], dtype=np.int64))
+    return classes
 
 
-def _convert_files(split: str, files: list[tuple[Path, int]], image_size: int, store: Path) -> None:
-    from tqdm import tqdm
-
-    shape = (len(files), 3, image_size, image_size)
-    images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
-    for i, (path, _) in enumerate(tqdm(files, desc=f"Converting {split} images", disable=not sys.stderr.isatty())):
-        images[i] = _read_image(path, image_size)
-    images.flush()
-    np.save(store / f"{split}-labels.npy", np.array([label for _, label in files], dtype=np.int64))
+def _find_images(folder: Path) -> dict[str, list[Path]]:
+    """The images of each class, both in the order of names."""
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not classes:
+        raise UserError(f"{folder} is empty: expected {folder}/<class>/<image>")
+    found: dict[str, list[Path]] = {}
+    for name in classes:
+        paths = (Path(inner, file) for inner, files in _walk(folder / name) for file in files)
+        found[name] = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not found[name]:
+            raise UserError(f"{folder / name} holds no image: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
+    return found
 
 
 def _read_image(path: Path, image_size: int) -> np.ndarray:
@@ -409,8 +375,8 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _refusal(image: "ImageFile") -> str:
-    """Why an image, opened but not loaded, is not read, and what to do; empty if it is."""
+def _refusal(image: Any) -> str:
+    """Why an image, which Pillow has opened but not loaded, is not read, and what to do; empty if it is."""
     if (n_images := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
         return f"holds {n_images} images: save each as a file of its own"
     tags = getattr(image, "tag_v2", {})  # of TIFF

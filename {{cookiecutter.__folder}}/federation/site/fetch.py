@@ -1,21 +1,35 @@
 """Fetch one file from the first mirror that has it, whole and in time. What arrives is verified before it is used."""
 
+import io
 import os
 import re
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 from federation.errors import UserError
 
 MIRROR_VARIABLE = "FL_DATA_MIRROR"
+ADDRESS = r"(?i)https?://([^][/]*@)?([^][/:@]+|\[[0-9a-f:.]+\])(:[1-9]\d*)?(/.*)?"  # scheme, password, host, port, path
 LIMIT_VARIABLE = "FL_DATA_TIMEOUT"  # seconds that fetching a data set may take
 LIMIT_S = 600.0
 CONNECT_S, READ_S = 5.0, 15.0
 JUDGE_AFTER_S = 10.0  # a mirror's speed is known by then
+REASONS = (  # what an error of pooch or requests has in its text, and what to tell
+    ("ConnectTimeout", f"no answer within {CONNECT_S:.0f} s"),
+    ("Read timed out", f"nothing came for {READ_S:.0f} s"),
+    ("ChunkedEncodingError", "the connection broke off"),
+    ("ValueError: MD5 hash", "wrong checksum"),
+    ("resol", "its name cannot be resolved"),
+    ("refused", "connection refused"),
+    ("unreachable", "network unreachable"),
+    ("proxy", "the proxy cannot be reached"),
+    ("CERTIFICATE", "its certificate is not trusted"),
+)
 
 
 def new_deadline() -> float:
@@ -34,8 +48,7 @@ def fetch(
 
     Args:
         dataset: whose file it is.
-        name: of the file.
-        md5: its checksum.
+        name, md5: of the file.
         mirrors: addresses of folders that have it, in the order of trial; a private one goes first.
         folder: where it is to lie.
         root: the data root that the user gave, if any: for the command that tries again.
@@ -69,16 +82,12 @@ def fetch(
         try:
             pooch.retrieve(mirror + name, f"md5:{md5}", fname=name, path=folder, downloader=downloader)
             return
-        except OSError as error:  # requests' exceptions are OSErrors
-            if isinstance(error, requests.RequestException):
-                failures.append(f"{host}: {_reason(error)}")
-            else:
-                reason = error.strerror or error  # pooch's own PermissionError has only a text
-                raise UserError(f"cannot write {path}: {reason}; choose another --data_root") from None
-        except _TooSlow as error:
+        except TimeoutError as error:  # of _Progress
             failures.append(f"{host}: {error}")
-        except ValueError as error:  # pooch's word for a wrong checksum
-            failures.append(f"{host}: {'wrong checksum' if 'hash' in str(error) else _reason(error)}")
+        except (requests.RequestException, ValueError) as error:  # a ValueError is pooch's for a wrong checksum
+            failures.append(f"{host}: {_reason(error)}")
+        except OSError as error:  # pooch's own PermissionError has only a text
+            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --data_root") from None
         print(f"  {failures[-1]}", file=sys.stderr, flush=True)
     again = f"./prepare_data.sh --dataset {dataset}" + (f" --data_root {shlex.quote(str(root))}" if root else "")
     raise UserError(
@@ -90,82 +99,43 @@ def fetch(
 
 def _private_mirror() -> list[str]:
     """The user's own mirror, if there is one. An unusable address is not repeated: it may hold a password."""
-    address = os.environ.get(MIRROR_VARIABLE)
-    if not address:
-        return []
-    try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is not a number
-        usable = False
-    if not usable:
+    address = os.environ.get(MIRROR_VARIABLE, "")
+    if address and not re.fullmatch(ADDRESS, address):
         raise UserError(f"{MIRROR_VARIABLE} must be an address like https://mirror.example/files: http or https")
-    return [address.rstrip("/") + "/"]
+    return [address.rstrip("/") + "/"] if address else []
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause of a failed request, in few words."""
-    import requests
-
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"answers {error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.ConnectTimeout):
-        return f"no answer within {CONNECT_S:.0f} s"
-    if isinstance(error, requests.ReadTimeout) or "Read timed out" in str(error):
-        return f"nothing came for {READ_S:.0f} s"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke off"
-    text = re.sub("//.*@", "//", str(error))  # a password is not for the screen
-    for symptom, reason in (
-        ("resol", "its name cannot be resolved"),
-        ("refused", "connection refused"),
-        ("unreachable", "network unreachable"),
-        ("proxy", "the proxy cannot be reached"),
-        ("CERTIFICATE", "its certificate is not trusted"),
-    ):
-        if symptom in text:
-            return reason
-    return f"{type(error).__name__}: {text.splitlines()[0][:80] if text else 'no details'}"
+    """Why a download failed, in few words."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"answers {response.status_code} {response.reason}"
+    text = f"{type(error).__name__}: {re.sub('//.*@', '//', str(error)) or 'no details'}"  # without a password
+    return next((reason for symptom, reason in REASONS if symptom in text), text.splitlines()[0][:100])
 
 
-class _TooSlow(Exception):
-    pass
-
-
-class _Progress:
+class _Progress(tqdm):
     """Progress of one download, for pooch: a bar on a terminal, else a line every ten seconds.
 
-    Gives a mirror up that would not be done by the deadline.
+    Gives up a mirror that would not be done by the deadline.
     """
 
     def __init__(self, name: str, deadline: float):
-        self.total = 0  # bytes; pooch sets it once the server has told
-        self._name, self._deadline, self._started = name, deadline, time.monotonic()
-        self._done, self._next_line = 0, 10.0
-        self._bar: Any = None  # tqdm's, once the total is known
+        self.name, self.deadline, self.next_line = name, deadline, 10.0
+        self.has_terminal = sys.stderr.isatty()
+        file = sys.stderr if self.has_terminal else io.StringIO()
+        super().__init__(unit="B", unit_scale=True, file=file, delay=0.1)  # nothing where the mirror does not answer
 
-    def update(self, n_bytes: int) -> None:
-        from tqdm import tqdm
+    def __bool__(self) -> bool:
+        return True  # pooch asks before it knows the total
 
-        if self._bar is None:
-            self._bar = tqdm(total=self.total or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-        self._bar.update(n_bytes)
-        self._done += n_bytes
-        now = time.monotonic()
-        elapsed = now - self._started
-        if elapsed > self._next_line and self._bar.disable:
-            self._next_line += 10.0
-            print(f"  {self._name}: {self._done >> 20} of {self.total >> 20} MiB", file=sys.stderr, flush=True)
-        remaining = max(self.total - self._done, 0) * elapsed / self._done if self._done else 0.0
-        if elapsed > JUDGE_AFTER_S and now + remaining > self._deadline:
+    def update(self, n: float | None = 1) -> None:
+        super().update(n)
+        elapsed = time.time() - self.start_t
+        if elapsed > self.next_line and not self.has_terminal:
+            self.next_line += 10.0
+            print(f"  {self.name}: {self.n >> 20} of {self.total >> 20} MiB", file=sys.stderr, flush=True)
+        remaining = max(self.total - self.n, 0) * elapsed / self.n if self.n else 0.0
+        if elapsed > JUDGE_AFTER_S and time.monotonic() + remaining > self.deadline:
             self.close()
-            raise _TooSlow(f"too slow, {self._done / elapsed / 1000:.0f} kB/s")
-
-    def reset(self) -> None:
-        self._done, self._started = 0, time.monotonic()
-        if self._bar is not None:
-            self._bar.reset()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+            raise TimeoutError(f"too slow, {self.n / elapsed / 1000:.0f} kB/s")

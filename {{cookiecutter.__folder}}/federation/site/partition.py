@@ -1,12 +1,17 @@
-"""Deal images to simulated sites: labels, a scheme and a seed become lists of indices.
+"""Split images between simulated sites: labels, a scheme and a seed become lists of indices.
 
 Pure: no files, no clock, no global state. The same arguments give the same lists on every machine, because
 `numpy.random.RandomState` promises that its streams never change.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
-SCHEMES = ("iid", "dirichlet", "shards", "none")
+from federation.errors import UserError
+from settings import PARTITIONS, Options
+
+VALIDATION_SHARE = 0.2  # of each site's training images; fixed for the whole run
 MIN_DIRICHLET = 10  # images that each site must get, as in NVFlare's and NIID-Bench's splitters
 MIN_SITE = 2  # one image to train on and one to validate
 MAX_DRAWS = 1000
@@ -17,20 +22,64 @@ def site_names(n_sites: int) -> list[str]:
     return [f"site-{i}" for i in range(1, n_sites + 1)]
 
 
-def deal(
+def split(
+    train_labels: np.ndarray, test_labels: np.ndarray, site: str | None, options: Options
+) -> dict[str, np.ndarray]:
+    """A site's rows, as `--partition` says. The function to call in a data.py for other data.
+
+    Args:
+        train_labels: int (N,), the class of each row of the training data, from 0.
+        test_labels: int (M,), the same for the test data.
+        site: its name; None: all sites' rows together.
+        options: `partition`, `alpha`, `shards_per_site`, `n_clients` and `seed` are used.
+
+    Returns:
+        Sorted indices, int64: `train` and `val` of the training data, disjoint, and `test` of the test data. They
+        depend on nothing but the arguments. No two sites share a row, unless the partition is `none`.
+
+    Raises:
+        UserError: the training data cannot be split like this, or no simulated site has this name.
+    """
+    everything, names = options.partition == "none", site_names(options.n_clients)
+    if not everything and site is not None and site not in names:
+        raise UserError(f"{site} is none of {names[0]} to {names[-1]}: real sites need --partition none")
+    train, test = (np.asarray(labels, dtype=np.int64).tobytes() for labels in (train_labels, test_labels))
+    n_sites = 1 if everything else options.n_clients
+    try:
+        sites = _split(train, test, n_sites, options.partition, options.seed, options.alpha, options.shards_per_site)
+    except ValueError as error:
+        raise UserError(f"the training images of {site or 'all sites'}: {error}") from None
+    own = sites if everything or site is None else [sites[names.index(site)]]
+    return {part: np.sort(np.concatenate([rows[part] for rows in own])) for part in ("train", "val", "test")}
+
+
+@lru_cache(maxsize=8)  # computed once for all sites, not again for each of 1,000
+def _split(
+    train: bytes, test: bytes, n_sites: int, scheme: str, seed: int, alpha: float, shards_per_site: int
+) -> list[dict[str, np.ndarray]]:
+    train_labels, test_labels = np.frombuffer(train, np.int64), np.frombuffer(test, np.int64)
+    n_classes = max(train_labels.max(initial=0), test_labels.max(initial=0)) + 1
+    training = partition(train_labels, n_sites, scheme, seed, alpha, shards_per_site)
+    counts = np.array([np.bincount(train_labels[own], minlength=n_classes) for own in training])
+    testing = partition_like(test_labels, counts, seed)
+    trained = [split_off(own, VALIDATION_SHARE, seed) for own in training]
+    return [{"train": own, "val": val, "test": tested} for (own, val), tested in zip(trained, testing, strict=True)]
+
+
+def partition(
     labels: np.ndarray, n_sites: int, scheme: str, seed: int, alpha: float = 0.5, shards_per_site: int = 2
 ) -> list[np.ndarray]:
-    """Deal all images to the sites.
+    """Split all images between the sites.
 
     Args:
         labels: int64 (N,), the class of each image.
         n_sites: number of sites.
-        scheme: one of SCHEMES.
+        scheme: one of settings.PARTITIONS.
             `iid`: shuffled and cut into parts of equal size (they differ by one image at most).
-            `dirichlet`: each class is dealt over the sites in proportions drawn from Dir(alpha), see `_dirichlet`.
+            `dirichlet`: each class is spread over the sites in proportions drawn from Dir(alpha), see `_dirichlet`.
             `shards`: sorted by class, cut into `n_sites * shards_per_site` shards, each site gets
             `shards_per_site` of them at random (McMahan et al. 2017, section 3).
-            `none`: nothing is dealt: every site holds all images.
+            `none`: no split: every site holds all images.
         seed: from 0 to 2**32 - 1.
         alpha: concentration of the Dirichlet distribution, > 0; the smaller, the more uneven.
         shards_per_site: for `shards`.
@@ -39,13 +88,13 @@ def deal(
         For each site its sorted indices, int64. They are disjoint and complete, but for `none`.
 
     Raises:
-        ValueError: an unknown scheme, or one that leaves a site with too few images. One line, for the user.
+        UserError: an unknown scheme, or one that leaves a site with too few images.
     """
     n_images = len(labels)
     if scheme == "none":
         return [np.arange(n_images) for _ in range(n_sites)]
     if n_images < MIN_SITE * n_sites:
-        raise ValueError(
+        raise UserError(
             f"{n_images} training images are too few for {n_sites} sites: "
             f"each needs {MIN_SITE}; take {n_images // MIN_SITE} sites or fewer"
         )
@@ -57,12 +106,12 @@ def deal(
     elif scheme == "shards":
         parts = _shards(labels, n_sites, shards_per_site, random)
     else:
-        raise ValueError(f"unknown partition {scheme!r}: choose one of {', '.join(SCHEMES)}")
+        raise UserError(f"unknown partition {scheme!r}: choose one of {', '.join(PARTITIONS)}")
     return [np.sort(part) for part in parts]
 
 
 def _dirichlet(labels: np.ndarray, n_sites: int, alpha: float, random: np.random.RandomState) -> list[np.ndarray]:
-    """Deal each class over the sites by p ~ Dir(alpha), and draw again until each site has MIN_DIRICHLET images.
+    """Spread each class over the sites by p ~ Dir(alpha), and draw again until each site has MIN_DIRICHLET images.
 
     As in NIID-Bench (Li et al. 2022, "Federated Learning on Non-IID Data Silos", distribution-based label
     imbalance) and NVFlare's CIFAR-10 splitter, after Wang et al. 2020 ("Federated Learning with Matched
@@ -80,13 +129,13 @@ def _dirichlet(labels: np.ndarray, n_sites: int, alpha: float, random: np.random
             if not share.sum() > 0:  # a tiny alpha can give all of a class to a site that is full
                 break
             cuts = (np.cumsum(share / share.sum()) * len(members)).astype(int)[:-1]
-            for site, dealt in enumerate(np.split(members, cuts)):
-                parts[site].append(dealt)
-                sizes[site] += len(dealt)
+            for site, own in enumerate(np.split(members, cuts)):
+                parts[site].append(own)
+                sizes[site] += len(own)
         else:
             if sizes.min() >= MIN_DIRICHLET:
                 return [np.concatenate(part) for part in parts]
-    raise ValueError(
+    raise UserError(
         f"no Dirichlet draw with alpha {alpha} gives each of {n_sites} sites {MIN_DIRICHLET} of the {n_images} "
         "training images: take a larger --alpha or fewer sites"
     )
@@ -95,7 +144,7 @@ def _dirichlet(labels: np.ndarray, n_sites: int, alpha: float, random: np.random
 def _shards(labels: np.ndarray, n_sites: int, shards_per_site: int, random: np.random.RandomState) -> list[np.ndarray]:
     n_shards = n_sites * shards_per_site
     if len(labels) < n_shards * MIN_SITE:
-        raise ValueError(
+        raise UserError(
             f"{len(labels)} training images are too few for {n_shards} shards: "
             "take a smaller --shards_per_site or fewer sites"
         )
@@ -106,13 +155,13 @@ def _shards(labels: np.ndarray, n_sites: int, shards_per_site: int, random: np.r
     return [np.concatenate([shards[i] for i in own]) for own in order]
 
 
-def deal_like(labels: np.ndarray, counts: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Deal test images so that each site is tested on the mixture of classes that it trains on.
+def partition_like(labels: np.ndarray, counts: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Split the test images so that each site is tested on the mixture of classes that it trains on.
 
     Args:
         labels: int64 (N,), the class of each test image.
         counts: int (sites, classes), how many training images of each class a site holds. A class that no site
-            holds is dealt in equal parts.
+            holds is split into equal parts.
         seed: from 0 to 2**32 - 1.
 
     Returns:
@@ -125,12 +174,12 @@ def deal_like(labels: np.ndarray, counts: np.ndarray, seed: int) -> list[np.ndar
         held = counts[:, label]
         share = held / held.sum() if held.sum() else np.full(len(counts), 1 / len(counts))
         cuts = np.round(np.cumsum(share) * len(members)).astype(int)[:-1]
-        for part, dealt in zip(parts, np.split(members, cuts), strict=True):
-            part.append(dealt)
+        for part, own in zip(parts, np.split(members, cuts), strict=True):
+            part.append(own)
     return [np.sort(np.concatenate(part)) if part else np.array([], dtype=int) for part in parts]
 
 
-def hold_out(indices: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_off(indices: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split off a share of a site's images, at least one and never all.
 
     Args:

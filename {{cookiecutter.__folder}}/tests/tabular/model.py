@@ -7,9 +7,9 @@ from torchmetrics import Accuracy
 
 
 class LitNet(LightningModule):
-    def __init__(self, num_classes: int, learning_rate: float):
+    def __init__(self, num_classes, options):
         super().__init__()
-        self.save_hyperparameters()
+        self.options = options
         self.layers = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, num_classes))
         self.accuracy = Accuracy(task="multiclass", num_classes=num_classes)
 
@@ -37,4 +37,4 @@ class LitNet(LightningModule):
         return self(batch[0])
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)
+        return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
