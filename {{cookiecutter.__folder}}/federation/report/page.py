@@ -23,7 +23,6 @@ from federation.run.metrics import as_text
 from settings import PROJECT_NAME
 
 TEMPLATES = jinja2.Environment(
-    extensions=["jinja2.ext.do"],
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,  # a class, a site, a run or the project may have any name
     undefined=jinja2.StrictUndefined,
