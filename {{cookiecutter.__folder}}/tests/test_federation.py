@@ -338,7 +338,7 @@ def test_the_check_falls_back_to_digits(project):
 
 @pytest.mark.slow
 def test_the_check_does_not_pass_where_training_changes_nothing(project):
-    project.replace("model.py", 'lr=self.hparams["learning_rate"]', "lr=0.0")
+    project.replace("model.py", "lr=self.options.learning_rate", "lr=0.0")
     run = project.run("job.py", "--check", "--dataset", "digits")
     assert run.returncode == 1
     assert "NOT VERIFIED: the new global model is the same as the initial one" in run.stderr

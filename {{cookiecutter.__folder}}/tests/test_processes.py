@@ -179,7 +179,7 @@ def test_a_client_that_is_killed_ends_the_job(project):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_the_terminal_as_it_was(project):
-    code, sent = on_a_terminal([sys.executable, "job.py", *LONG], project.folder, interrupt_at=b"training")
+    code, sent = on_a_terminal([sys.executable, "job.py", *LONG], project.folder, interrupt_at=b"training, step")
     assert code == 130
     assert sent.count(HIDE) == sent.count(SHOW) == 1
     last_words = sent[sent.index(SHOW) :].decode().splitlines()
