@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
-    """The site's data, ready to use; each round shuffles it anew."""
+    """The site's data, ready to use. Each round shuffles it in a different order."""
     data = SiteDataModule(site, options)
     data.prepare_data()
     data.setup("fit")

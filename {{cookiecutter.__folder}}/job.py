@@ -48,9 +48,6 @@ def main() -> int:
 
 def get_data(options: Options) -> "Distribution":
     """Fetch and convert what is missing, find out which images each site has, and set `options.classes`."""
-    import federation.site.quick_start  # noqa: F401 (before Lightning)
-
-    # isort: split
     from federation.launch import distribution
 
     if options.env == "prod":  # the images are at the sites

@@ -80,7 +80,8 @@ def print_table(title: str, table: Table, rest: str | None = None) -> None:
 def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Set runs side by side: name of a run -> its results.json. Each row is a property's name and its values."""
     runs = results.values()
-    shown = [name for name in schema.CONFIGURATION if any(run.get(name) is not None for run in runs)]
+    names = [name for name in schema.CONFIGURATION if name != "data_root"]  # a path is for nobody else's eyes
+    shown = [name for name in names if any(run.get(name) is not None for run in runs)]
     tests = [run["test"] for run in runs]
     worst = [test["sites"][test["worst"]]["accuracy"] if test["worst"] else None for test in tests]
     return [

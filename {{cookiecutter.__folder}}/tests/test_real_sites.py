@@ -322,4 +322,4 @@ class TestInTheMiddleOfARound:
         federation.start("localhost")
         _, error = process.communicate(timeout=300)
         assert process.returncode == 1
-        assert re.search("the server was started anew, which ended the job .*: submit it again", error)
+        assert re.search("the server was restarted, which ended the job .*: submit it again", error)

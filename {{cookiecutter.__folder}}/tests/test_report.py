@@ -429,37 +429,10 @@ class TestTheTime:
         for time, phase in phases:
             append_json(file, {"time": 1_700_000_000 + time, "phase": phase})
 
-    def test_is_that_of_the_phases(self, run):
-        found = timing.phases(run)
-        assert list(found) == ["site-2", "site-10"]
-        assert found["site-2"] == [
-            (0.0, 10.5, "start"),
-            (10.5, 12.0, "evaluating"),
-            (12.0, 20.25, "computing"),
-            (20.25, 22.0, "evaluating"),
-            (22.0, 25.0, "waiting"),
-            (25.0, 25.75, "evaluating"),
-            (25.75, 30.0, "waiting"),
-        ]
-        sums = timing.totals(found)["site-2"]
-        assert sums == {"start": 10.5, "computing": 8.25, "evaluating": 4.0, "waiting": 7.25}
-
     def test_is_on_the_page(self, run):
         page = written(run)
         assert "What each site did at each time" in page.plots()
         assert ["site-2", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
-
-    def test_of_a_process_that_starts_again_is_start_again(self, run):
-        self.announce(run.progress("site-2"), [*SITE[:4], (23.0, STARTING), *SITE[4:]])
-        assert (23.0, 25.0, "start") in timing.phases(run)["site-2"]
-
-    def test_never_runs_backwards_where_a_clock_is_ahead(self, run):
-        self.announce(run.progress("site-2"), [*SITE[:-1], (45.75, WAITING)])
-        assert all(0 <= start <= end <= 30 for start, end, _ in timing.phases(run)["site-2"])
-
-    def test_ends_with_the_last_announcement_where_the_server_did_not_end(self, run):
-        self.announce(run.server / PROGRESS, SERVER[:1])
-        assert timing.phases(run)["site-2"][-1] == (25.75, 25.75, "waiting")
 
     def test_is_unknown_where_a_site_did_not_announce_everything(self, run):
         file = run.progress("site-2")

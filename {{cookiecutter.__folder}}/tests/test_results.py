@@ -135,6 +135,13 @@ def test_several_runs_are_set_side_by_side(runs, program):
     assert table["seconds"] == ["50", "50"]
 
 
+def test_where_the_images_were_is_not_shown(runs, program):
+    add_run(runs / "second", data_root="/home/ann/patients")
+    assert "patients" not in program("first", "second")[1]
+    assert program("first", "second", "--html")[0] == 0
+    assert "patients" not in (runs / "comparison.html").read_text(encoding="utf-8")
+
+
 def test_the_link_to_the_newest_run_is_its_run(runs, program):
     (runs / "latest").symlink_to("first")
     assert program() == program("first") == program("latest", "first")

@@ -31,7 +31,7 @@ def prepare(options: Options) -> None:
     """Fetch and convert the images of every simulated site.
 
     Raises:
-        UserError: they cannot be had.
+        UserError: they are not available.
     """
     names, root = site_names(options.n_clients), options.data_root or ""
     if options.dataset == "image_folder" and "{site}" in root:

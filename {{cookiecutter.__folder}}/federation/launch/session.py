@@ -114,7 +114,7 @@ class Server:
             status = self.ask("get_job_meta", job_id)["status"]
             look()
             if self.was_away and self.ask("get_system_info").server_info.start_time != started:
-                raise RunError(f"the server was started anew, which ended the job {job_id}: submit it again")
+                raise RunError(f"the server was restarted, which ended the job {job_id}: submit it again")
             self.was_away = False
             if status.startswith("FINISHED"):
                 return status

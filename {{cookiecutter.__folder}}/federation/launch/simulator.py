@@ -51,7 +51,7 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
     at_once = min(options.n_threads or max(1, fitting), options.n_clients)
     if at_once < options.n_clients:
         why = "--n_threads asks for" if options.n_threads else "the free memory allows"
-        print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each starts anew for each of its tasks")
+        print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each of their tasks starts a new process")
     arguments = {
         "job_folder": str(run.job),
         "workspace": str(run.workspace),

@@ -28,7 +28,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
 
     Returns:
         `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images` and `timing`, as
-        federation/run/schema.py documents them, and `counts`: site -> class -> number of images, where real sites
+        README.md documents them, and `counts`: site -> class -> number of images, where real sites
         have told, else empty.
 
     Raises:

@@ -61,7 +61,7 @@ def compose(
 
 
 def versions() -> dict[str, str]:
-    """Of what a result depends on beside this project."""
+    """The versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for name in ("nvflare", "torch", "lightning"):
         try:

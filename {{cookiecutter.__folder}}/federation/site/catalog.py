@@ -156,7 +156,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
         image_size: S, the side of the converted images in pixels.
 
     Raises:
-        UserError: the data cannot be had or read.
+        UserError: the data is not available or cannot be read.
     """
     from filelock import FileLock
 
