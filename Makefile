@@ -11,10 +11,10 @@ demo: .venv/ready  ## render a project with its digits data set and run it: 2 si
 		project_slug=fl-digits dataset=digits rounds=5 setup=skip
 	cd $(DEMO) && ../../$(BIN)/python job.py --local_epochs 2
 
-test-fast: .venv/ready  ## the template's own fast tests: no federation, no tests of a rendered project
-	$(BIN)/python -m pytest -m "not slow and not federation and not project"
+test-fast: .venv/ready  ## rendering, questions, hooks: the fast tests that do not import a rendered project
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/project
 
-test: .venv/ready  ## the fast tests of the template and of a rendered project, and one federation
+test: .venv/ready  ## all fast tests, and one federation
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: .venv/ready  ## all tests: faults, more federations, real environments

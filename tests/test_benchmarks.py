@@ -13,7 +13,7 @@ import accuracy
 import tables
 import timeline
 import workload
-from conftest import TEMPLATE
+from template import TEMPLATE
 
 LOG = "10:00:05 - conn_manager - INFO - Connection [CN00002 127.0.0.1:1 => 127.0.0.1:2] is created: PID: 4711"
 PHASES = {

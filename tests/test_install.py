@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, TEMPLATE, run, surroundings
+from template import PROJECT, TEMPLATE, run, surroundings
 
 INDEX = "https://download.pytorch.org/whl/cpu"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there

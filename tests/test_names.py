@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import settings as examine
 from hypothesis import strategies as st
 
-from conftest import TEMPLATE, BakedProject, as_typed, is_rendered
+from template import TEMPLATE, BakedProject, as_typed, is_rendered
 
 NAMES = [
     "O'Brien's \"Eye\" Clinic",

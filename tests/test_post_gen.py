@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ANSWERS, PROJECT, TEMPLATE, as_typed, command, surroundings
+from template import ANSWERS, PROJECT, TEMPLATE, as_typed, command, surroundings
 
 HOOK = TEMPLATE / "hooks" / "post_gen_project.py"
 OWN = ".venv/bin/python"

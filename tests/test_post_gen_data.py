@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import PROJECT, TEMPLATE, command, run, surroundings
+from template import PROJECT, TEMPLATE, command, run, surroundings
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, TEMPLATE, command, run, surroundings
+from template import PROJECT, TEMPLATE, command, run, surroundings
 
 pytestmark = pytest.mark.slow
 

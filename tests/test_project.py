@@ -5,14 +5,9 @@ import sys
 
 import pytest
 
-TIERS = [
-    pytest.param("not federation and not slow", id="fast"),
-    pytest.param("federation", id="federation", marks=pytest.mark.federation),
-    pytest.param("slow", id="slow", marks=pytest.mark.slow),
-]
+TIERS = [pytest.param("not federation", id="fast"), pytest.param("federation", id="federation", marks=pytest.mark.slow)]
 
 
-@pytest.mark.project
 @pytest.mark.parametrize("tier", TIERS)
 def test_its_own_tests_pass(bake, tier):
     project = bake(dataset="digits").path

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import PROJECT, TEMPLATE, BakedProject, run, surroundings
+from template import PROJECT, TEMPLATE, BakedProject, run, surroundings
 
 JOB, RESULTS = ".venv/bin/python job.py", ".venv/bin/python results.py"
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from cookiecutter.generate import is_copy_only_path
 
-from conftest import ANSWERS, PROJECT, QUESTIONS, TEMPLATE, files_of, is_rendered
+from template import ANSWERS, PROJECT, QUESTIONS, TEMPLATE, files_of, is_rendered
 
 CHOICES = {
     question: [False, True] if isinstance(default, bool) else default
@@ -74,35 +74,12 @@ FILES = """
     results.py
     settings.py
     tests/conftest.py
-    tests/mirrors.py
-    tests/results_version_0.json
     tests/tabular/data.py
     tests/tabular/model.py
-    tests/test_aggregator.py
-    tests/test_algorithms.py
-    tests/test_answers.py
-    tests/test_catalog.py
-    tests/test_compare.py
     tests/test_data.py
-    tests/test_display.py
     tests/test_federation.py
-    tests/test_fetch.py
-    tests/test_files.py
-    tests/test_host.py
-    tests/test_house.py
-    tests/test_image_folder.py
-    tests/test_job.py
     tests/test_model.py
-    tests/test_outcome.py
-    tests/test_partition.py
-    tests/test_processes.py
-    tests/test_real_sites.py
-    tests/test_report.py
-    tests/test_results.py
-    tests/test_rounds.py
-    tests/test_sites.py
-    tests/test_tracking.py
-    tests/test_unsound_sites.py
+    tests/test_tabular.py
     trainer.py
 """
 

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from conftest import PROJECT, TEMPLATE, BakedProject
+from template import PROJECT, TEMPLATE, BakedProject
 
 SETS = {
     "default": {},

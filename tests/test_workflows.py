@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import PROJECT, TEMPLATE
+from template import PROJECT, TEMPLATE
 
 WORKFLOWS = [path for layer in (TEMPLATE, PROJECT) for path in sorted((layer / ".github" / "workflows").glob("*.yml"))]
 BOTH = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.relative_to(TEMPLATE).as_posix())

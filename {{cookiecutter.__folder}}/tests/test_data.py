@@ -3,12 +3,8 @@
 Most tests read images that carry their own number, so that what a loader yields tells which images they are.
 """
 
-import gc
-import importlib.util
 import math
-import weakref
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +12,6 @@ from PIL import Image
 from pytorch_lightning import LightningModule, Trainer
 
 import data
-from conftest import data_error
-from federation.launch import distribution
 from federation.site.partition import site_names
 from settings import PARTITIONS
 
@@ -61,14 +55,14 @@ def modules(run) -> list[data.SiteDataModule]:
     return [opened(site, run) for site in site_names(run.n_clients)]
 
 
-def colours(images: torch.Tensor) -> torch.Tensor:
+def colors(images: torch.Tensor) -> torch.Tensor:
     """The red, green and blue of each image, int64 (B, 3): its number, its class, and 1 if it is a test image."""
     return ((images[:, :, 0, 0] + 1) * 127.5).round().to(torch.int64)
 
 
 def numbers(loader) -> list[int]:
     """Which images one pass over the loader yields, in its order."""
-    return [number for images, _ in loader for number in colours(images)[:, 0].tolist()]
+    return [number for images, _ in loader for number in colors(images)[:, 0].tolist()]
 
 
 def labels_of(*loaders) -> torch.Tensor:
@@ -94,7 +88,7 @@ def test_pixels_go_from_minus_one_to_one(options):
 @pytest.mark.parametrize("name", ["train", "val", "test", "predict"])
 def test_every_image_comes_with_its_own_label(name, run):
     for images, labels in getattr(opened("site-1", run()), f"{name}_dataloader")():
-        assert torch.equal(colours(images)[:, 1], labels)
+        assert torch.equal(colors(images)[:, 1], labels)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 160, 1000])
@@ -197,9 +191,9 @@ def test_no_site_trains_on_an_image_that_any_site_validates_on(scheme, run):
 def test_no_site_trains_or_validates_on_a_test_image(scheme, run):
     for module in modules(run(partition=scheme)):
         for images, _ in (*module.train_dataloader(), *module.val_dataloader()):
-            assert not colours(images)[:, 2].any()
+            assert not colors(images)[:, 2].any()
         for images, _ in module.test_dataloader():
-            assert colours(images)[:, 2].all()
+            assert colors(images)[:, 2].all()
 
 
 @pytest.mark.parametrize("scheme", DISJOINT)
@@ -226,14 +220,6 @@ def test_a_fifth_of_a_sites_images_is_for_validation(run):
     assert (len(module.indices["train"]), len(module.indices["val"])) == (160, 40)
 
 
-@pytest.mark.parametrize("stage", [None, "fit", "validate", "test", "predict"])
-def test_every_stage_has_the_same_split(stage, run):
-    module = data.SiteDataModule("site-1", run())
-    module.setup(stage)
-    expected = distribution.describe(run()).sites["site-1"]
-    assert {part: rows.tolist() for part, rows in module.indices.items()} == expected
-
-
 def test_setting_up_again_changes_nothing(run):
     module = opened("site-1", run())
     before = dict(module.parts)
@@ -250,37 +236,6 @@ def test_a_site_tests_on_the_mixture_of_classes_that_it_trains_on(run):
         assert (torch.bincount(tested, minlength=4) - expected).abs().max() <= 1
 
 
-# ---- the distribution over the sites
-
-
-@pytest.mark.parametrize("scheme", PARTITIONS)
-def test_the_description_lists_what_each_site_reads(scheme, run):
-    found = distribution.describe(run(partition=scheme))
-    for module in modules(run(partition=scheme)):
-        assert found.sites[module.site] == {part: rows.tolist() for part, rows in module.indices.items()}
-
-
-@pytest.mark.parametrize("scheme", PARTITIONS)
-def test_the_counts_are_those_of_the_batches(scheme, run):
-    found = distribution.describe(run(partition=scheme))
-    for module in modules(run(partition=scheme)):
-        labels = labels_of(module.train_dataloader(), module.val_dataloader())
-        assert list(found.counts[module.site].values()) == torch.bincount(labels, minlength=4).tolist()
-
-
-def test_the_description_knows_the_classes_and_sites(run):
-    found = distribution.describe(run())
-    assert found.classes == CLASSES
-    assert list(found.sites) == list(found.counts) == site_names(N_SITES)
-    assert sum(sum(counts.values()) for counts in found.counts.values()) == N_TRAIN
-
-
-def test_the_description_is_plain_numbers_for_a_json_file(run):
-    found = distribution.describe(run())
-    assert {type(i) for lists in found.sites.values() for indices in lists.values() for i in indices} == {int}
-    assert {type(n) for counts in found.counts.values() for n in counts.values()} == {int}
-
-
 @pytest.mark.parametrize("scheme", PARTITIONS)
 @pytest.mark.parametrize("name", ["train", "val", "test"])
 def test_pooled_data_is_what_the_sites_have_together(scheme, name, run):
@@ -290,99 +245,7 @@ def test_pooled_data_is_what_the_sites_have_together(scheme, name, run):
     assert sorted(numbers(getattr(pooled, loader)())) == sorted(together)
 
 
-# ---- what cannot be is said in one line
-
-
-def failure(site: str, run) -> str:
-    return data_error(opened, site, run)
-
-
-@pytest.mark.parametrize("site", ["site-4", "hospital", "site-0"])
-@pytest.mark.parametrize("scheme", DISJOINT)
-def test_a_site_that_gets_no_part_is_named(site, scheme, run):
-    message = failure(site, run(partition=scheme))
-    assert site in message and "--partition none" in message
-
-
-def test_with_none_a_site_may_have_any_name(run):
-    assert opened("hospital of the north", run(partition="none")).counts["test"] == dict.fromkeys(CLASSES, N_TEST // 4)
-
-
-@pytest.mark.parametrize("changes", [{"n_clients": 101}, {"partition": "dirichlet", "n_clients": 21}], ids=str)
-def test_more_sites_than_the_images_allow_are_refused(changes, run):
-    assert "fewer" in failure("site-1", run(**changes))
-
-
-def test_a_site_with_a_single_image_cannot_validate(tmp_path, run):
-    for split in ("train", "test"):
-        (tmp_path / split / "ant").mkdir(parents=True)
-        Image.new("RGB", (2, 2)).save(tmp_path / split / "ant" / "0.png")
-    message = failure("site-1", run(partition="none", data_root=str(tmp_path)))
-    assert "site-1: 1 image(s) cannot be split: 2 are needed" in message
-
-
-@pytest.fixture
-def tabular():
-    """The example of other data, as a module."""
-    spec = importlib.util.spec_from_file_location("tabular_data", Path(__file__).with_name("tabular") / "data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_example_of_other_data_is_standardized_by_a_sites_own_training_rows(options, tabular):
-    run = options()
-    for module in (tabular.SiteDataModule(site, run) for site in ("site-1", "site-2", None)):
-        module.setup()
-        rows = torch.cat([batch for batch, _ in module.train_dataloader()])
-        assert rows.mean(dim=0).abs().max() < 1e-3
-        assert (rows.std(dim=0, correction=0) - 1).abs().max() < 1e-3
-        others = torch.cat([batch for batch, _ in module.test_dataloader()])
-        assert others.mean(dim=0).abs().max() > 1e-2  # not of the rows that judge the model
-
-
-def test_the_example_of_other_data_is_partitioned_like_images(options, tabular, monkeypatch):
-    monkeypatch.setattr(distribution, "SiteDataModule", tabular.SiteDataModule)
-    found = distribution.describe(options(n_clients=3, partition="dirichlet"))
-    assert found.classes == ["malignant", "benign"]  # in its own order, which is that of the labels
-    for part, n_rows in (("test", 114), ("train", 364), ("val", 91)):
-        rows = [row for site in found.sites.values() for row in site[part]]
-        assert len(rows) == len(set(rows)) == pytest.approx(n_rows, abs=2)
-    assert sum(sum(counts.values()) for counts in found.counts.values()) == 455
-
-
-@pytest.mark.parametrize("name", ["train", "val"])
-def test_a_device_of_its_own_gets_the_same_batches(name, run):
-    """As on a GPU: the images are copied to the device once, and sliced there. Here the device is the processor."""
-    shared, copied = opened("site-2", run(batch_size=7)), data.SiteDataModule("site-2", run(batch_size=7))
-    copied.device = torch.device("cpu")
-    copied.setup()
-    loaders = [getattr(module, f"{name}_dataloader")() for module in (shared, copied)]
-    for _ in range(2):
-        for (images, labels), (own_images, own_labels) in zip(*loaders, strict=True):
-            assert torch.equal(images, own_images) and torch.equal(labels, own_labels)
-            own_images.zero_()  # what is kept on the device does not change with a batch
-
-
-def test_a_gpu_is_used_only_where_it_is_asked_for_and_present(run, monkeypatch):
-    assert opened("site-1", run(gpu=True)).device is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert opened("site-1", run(gpu=True)).device == torch.device("cuda")
-    assert opened("site-1", run(gpu=False)).device is None
-
-
-def test_what_is_on_a_device_leaves_it_with_the_data_of_its_task(options):
-    """Each task makes its data afresh: a copy that stayed behind would fill a GPU."""
-    copies = []
-    for _ in range(2):
-        module = data.SiteDataModule("site-1", options())
-        module.device = torch.device("cpu")
-        module.setup("fit")
-        next(iter(module.train_dataloader()))
-        copies.append(weakref.ref(module.parts["train"].copy[0]))
-        del module
-    gc.collect()
-    assert [copy() for copy in copies] == [None, None]
+# ---- Lightning and PyTorch
 
 
 def test_a_loader_leaves_torchs_own_random_numbers_alone(run):
@@ -397,13 +260,8 @@ def test_a_loader_leaves_torchs_own_random_numbers_alone(run):
 def test_a_lightning_trainer_predicts_every_test_image_in_its_order(run):
     class Echo(LightningModule):
         def predict_step(self, batch, batch_index):
-            return colours(batch[0])[:, 0]
+            return colors(batch[0])[:, 0]
 
     module = opened("site-1", run())
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert torch.cat(trainer.predict(Echo(), datamodule=module)).tolist() == module.indices["test"].tolist()
-
-
-def test_the_module_has_its_own_classes_where_the_federations_are_not_known(run):
-    module = opened("site-1", run(classes=[]))
-    assert [list(counts) for counts in module.counts.values()] == [CLASSES] * 3

@@ -1,17 +1,18 @@
 """The models: their shapes, what they normalise by, and what they do to a training batch."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import model as models
-from conftest import PROJECT
 from federation.launch.model_file import model_names
 from model import LitNet, LitResNet, augment
 from trainer import make_model, training_seed
 
-MODELS = model_names(PROJECT / "model.py")
+MODELS = model_names(Path(models.__file__))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,11 +9,11 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from rich.console import Console
 
-from conftest import HIDE, PROJECT, SHOW, on_a_terminal
 from federation.launch.display import Overview, duration, follow
 from federation.protocol import PHASES, append_json, read_json_lines
 from federation.run.folder import RunFolder
 from federation.site import progress
+from programs import HIDE, PROJECT, SHOW, on_a_terminal
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from conftest import Project
+from programs import Project
 
 pytestmark = pytest.mark.slow
 

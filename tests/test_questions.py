@@ -7,7 +7,7 @@ import sys
 import pytest
 from cookiecutter.exceptions import FailedHookException
 
-from conftest import ANSWERS, PROJECT, QUESTIONS, TEMPLATE, checked
+from template import ANSWERS, PROJECT, QUESTIONS, TEMPLATE, checked
 
 HOOKS = sorted((TEMPLATE / "hooks").glob("*.py"))
 GOOD = {"project_name": "Eyes", "project_slug": "eyes", "num_clients": "2", "rounds": "2"}

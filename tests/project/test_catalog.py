@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from conftest import PROJECT, data_error, names_in
 from federation.site import catalog
 from federation.site.catalog import open_split, prepare
 from mirrors import ARCHIVE, CIFAR10_CLASSES, good, md5
+from programs import PROJECT, data_error, names_in
 
 # ---- what comes out
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import Project
+from programs import Project
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def images(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, session_cache) -> Project:
+def project(tmp_path_factory, shared_cache) -> Project:
     project = Project(tmp_path_factory.mktemp("rounds") / "project")
     with (project.folder / "model.py").open("a") as file:
         file.write(MODEL)

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 import data
-from conftest import PROJECT, data_error, names_in
 from federation.errors import UserError
 from federation.launch import distribution
 from federation.site import catalog
 from federation.site.catalog import open_split, prepare
+from programs import PROJECT, data_error, names_in
 
 
 def save(path: Path, colour=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:

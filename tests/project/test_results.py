@@ -3,18 +3,19 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import results
-from conftest import PROJECT
 from federation.errors import exit_code
 from federation.run import schema
 from federation.run.folder import RunFolder
+from programs import PROJECT
 from settings import Options
 
-OLDER = PROJECT / "tests" / "results_version_0.json"  # as the program wrote it before its files had a version
+OLDER = Path(__file__).with_name("results_version_0.json")  # as the program wrote it before its files had a version
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 COUNTS = {f"site-{i}": {"cat": 10 * i, "dog": 5} for i in (1, 2, 3)}
 

@@ -3,10 +3,11 @@
 import ast
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, Project
+from programs import PROJECT, Project
 
 SHARED = {"protocol", "exchange", "errors"}  # the files of federation/ that travel beside site/ and server/
 
@@ -47,7 +48,7 @@ def test_no_module_writes_the_environment_to_tell_another_one_something():
     writes = re.compile(r"os\.environ(\[[^]]+\] *=[^=]|\.(setdefault|update|pop|clear)\()|os\.putenv")
     found = {path.name for path in PROJECT.rglob("*.py") if writes.search(path.read_text(encoding="utf-8"))}
     allowed = {"fork_server.py", "simulator.py"}  # at the start of a process, to be what its parent asked for
-    assert {name for name in found if not name.startswith(("test_", "conftest", "mirrors"))} <= allowed
+    assert {name for name in found if not name.startswith("test_")} <= allowed
 
 
 def test_client_py_is_short_and_knows_no_flags():
@@ -62,7 +63,7 @@ OPTION = '    weight_decay: float = training(0.0, "of the sites\' optimizer", le
 
 
 @pytest.fixture(scope="module")
-def with_option(tmp_path_factory, session_cache) -> Project:
+def with_option(tmp_path_factory, shared_cache) -> Project:
     """A project to which an option was added: one line in settings.py, one use in model.py."""
     project = Project(tmp_path_factory.mktemp("option") / "project")
     line = next(line for line in (PROJECT / "settings.py").read_text().splitlines(True) if "learning_rate: " in line)
@@ -107,7 +108,7 @@ class TestAnOptionOfOneLine:
     def test_leaves_an_older_run_readable(self, with_option):
         folder = with_option.folder / "runs" / "older"
         folder.mkdir(parents=True)
-        older = (PROJECT / "tests" / "results_version_0.json").read_text(encoding="utf-8")
+        older = Path(__file__).with_name("results_version_0.json").read_text(encoding="utf-8")
         (folder / "results.json").write_text(older, encoding="utf-8")
         (folder / "partition.json").write_text('{"counts": {}}', encoding="utf-8")
         shown = with_option.run("results.py", "older")

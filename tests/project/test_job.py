@@ -10,7 +10,6 @@ import sys
 import pytest
 
 import settings
-from conftest import names_in
 from federation.errors import UserError, exit_code
 from federation.launch import options as command_line
 from federation.launch.model_file import model_names
@@ -18,6 +17,7 @@ from federation.run import folder
 from federation.run.folder import RunFolder
 from federation.site import catalog
 from job import main
+from programs import names_in
 
 BAD_FLAGS = {
     "no client": (["--n_clients", "0"], "Invalid value for '--n_clients': 0 is not in the range x>=1"),

@@ -18,11 +18,11 @@ from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_opt.pt.fedopt import PTFedOptModelShareableGenerator
 
-from conftest import PROJECT, Project
 from federation.errors import UserError
 from federation.launch import options as command_line
 from federation.launch import recipes
 from federation.server.aggregation import OrderedScaffold, StartFromCheckpoint
+from programs import Project
 from settings import ALGORITHMS
 from trainer import make_model
 
@@ -96,7 +96,7 @@ def runs(tmp_path, monkeypatch) -> Path:
     (tmp_path / "model.py").write_text("class LitNet(LightningModule): pass\n")
     monkeypatch.setattr(command_line, "PROJECT", tmp_path)
     monkeypatch.setattr("federation.run.folder.RUNS", tmp_path / "runs")
-    oldest = (PROJECT / "tests" / "results_version_0.json").read_text()
+    oldest = Path(__file__).with_name("results_version_0.json").read_text()
     texts = {"first": json.dumps(MADE), "broken": None, "newer": '{"version": 99}', "oldest": oldest, "none": "null"}
     for name, text in texts.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -325,7 +325,7 @@ class Federations:
 
 
 @pytest.fixture(scope="module")
-def federations(tmp_path_factory, session_cache) -> Federations:
+def federations(tmp_path_factory, shared_cache) -> Federations:
     return Federations(Project(tmp_path_factory.mktemp("algorithms") / "project"))
 
 

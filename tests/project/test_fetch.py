@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import data_error, names_in
 from federation.site import fetch
 from federation.site.catalog import open_split, prepare
 from mirrors import ARCHIVE, good, hangs, md5, missing, trickles, truncated, wrong
+from programs import data_error, names_in
 
 FAULTS = {  # behaviour -> what the user is told
     truncated: "the connection broke off",

@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import Project
+from programs import Project
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,6 @@ import pytest
 from pytorch_lightning import Trainer
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
-from conftest import Project
 from data import SiteDataModule
 from federation.errors import UserError
 from federation.launch import tracking
@@ -16,6 +15,7 @@ from federation.launch.options import parse
 from federation.protocol import read_json_lines
 from federation.run.folder import RunFolder
 from federation.site import progress
+from programs import Project
 from settings import TRACKERS
 from trainer import make_model
 
@@ -216,7 +216,7 @@ SITE_TAGS = {"train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "tes
 @pytest.mark.slow
 class TestWithTensorBoard:
     @pytest.fixture(scope="class")
-    def project(self, tmp_path_factory, session_cache):
+    def project(self, tmp_path_factory, shared_cache):
         return federate(tmp_path_factory, "tensorboard")
 
     def test_all_curves_of_a_run_lie_under_its_name(self, project):
@@ -243,7 +243,7 @@ class TestWithTensorBoard:
 
 
 @pytest.mark.slow
-def test_mlflow_has_a_run_for_each_site_and_the_global_model(tmp_path_factory, session_cache):
+def test_mlflow_has_a_run_for_each_site_and_the_global_model(tmp_path_factory, shared_cache):
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
@@ -262,7 +262,7 @@ def test_mlflow_has_a_run_for_each_site_and_the_global_model(tmp_path_factory, s
 
 
 @pytest.mark.slow
-def test_wandb_works_offline(tmp_path_factory, session_cache):
+def test_wandb_works_offline(tmp_path_factory, shared_cache):
     pytest.importorskip("wandb")
     project = federate(tmp_path_factory, "wandb", WANDB_MODE="offline")
     assert project.done.stderr == ""

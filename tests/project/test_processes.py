@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import HIDE, PROJECT, SHOW, Project, on_a_terminal
 from federation.launch.poc import provision
+from programs import HIDE, PROJECT, SHOW, Project, on_a_terminal
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
 LONG = ["--dataset", "digits", "--num_rounds", "50"]
