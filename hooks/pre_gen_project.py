@@ -13,14 +13,6 @@ from typing import Any
 SLUG = r"[a-z]([a-z0-9_-]{0,62}[a-z0-9])?"
 WHOLE_NUMBERS = {"num_clients": 1000, "rounds": 10000}  # from 1 to
 
-# A package of the project's name would hide the one that the project imports. Names to install and names to import.
-DEPENDENCIES = """
-    click filelock grpc grpcio hypothesis jinja2 lightning lightning-fabric lightning-utilities matplotlib mlflow
-    mypy numpy nvflare packaging pillow pip platformdirs pooch protobuf psutil pytest pytorch pytorch-lightning
-    pyyaml requests rich ruff scikit-learn scipy setuptools sklearn tensorboard torch torchmetrics torchvision tqdm
-    typing-extensions wandb wheel yaml
-"""
-
 
 def faults(answers: dict[str, Any]) -> list[str]:
     """Return what is wrong with the answers, one line for each fault: the answer and what is allowed instead."""
@@ -33,14 +25,11 @@ def faults(answers: dict[str, Any]) -> list[str]:
         found.append(f"project_name is {name!r}: it must be text in one line, not empty and without control characters")
 
     slug = answers["project_slug"]
-    taken = {module.replace("_", "-") for module in sys.stdlib_module_names} | set(DEPENDENCIES.split())
     if not re.fullmatch(SLUG, slug):
         found.append(
             f"project_slug is {slug!r}: it must be 1 to 64 of a-z, 0-9, - and _, "
             "the first a letter and the last a letter or a digit"
         )
-    elif slug.replace("_", "-") in taken:
-        found.append(f"project_slug is {slug!r}: it must not be the name of a package that Python or the project uses")
 
     for question, highest in WHOLE_NUMBERS.items():
         answer = str(answers[question])

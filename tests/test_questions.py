@@ -7,7 +7,7 @@ import sys
 import pytest
 from cookiecutter.exceptions import FailedHookException
 
-from template import ANSWERS, PROJECT, QUESTIONS, TEMPLATE, checked
+from template import ANSWERS, QUESTIONS, TEMPLATE, checked
 
 HOOKS = sorted((TEMPLATE / "hooks").glob("*.py"))
 GOOD = {"project_name": "Eyes", "project_slug": "eyes", "num_clients": "2", "rounds": "2"}
@@ -63,8 +63,6 @@ def test_the_default_answers_are_accepted(bake):
         ("project_slug", "Eyes", "a-z, 0-9"),
         ("project_slug", "../eyes", "a-z, 0-9"),
         ("project_slug", "con/sole", "a-z, 0-9"),
-        ("project_slug", "json", "package"),
-        ("project_slug", "torch", "package"),
         ("num_clients", "0", "from 1 to 1000"),
         ("rounds", "ten", "from 1 to 10000"),
     ],
@@ -87,25 +85,9 @@ def test_a_slug_is_refused_for_its_characters_or_length(faults, slug):
     assert len(faults({**GOOD, "project_slug": slug})) == 1
 
 
-@pytest.mark.parametrize("slug", ["a", "z9", "an-eye_2", "data", "a" * 64])
+@pytest.mark.parametrize("slug", ["a", "z9", "an-eye_2", "data", "torch", "a" * 64])
 def test_a_good_slug_is_accepted(faults, slug):
     assert faults({**GOOD, "project_slug": slug}) == []
-
-
-@pytest.mark.parametrize("slug", ["pytorch-lightning", "pytorch_lightning", "scikit-learn", "scikit_learn", "sklearn"])
-def test_a_dependency_is_refused_as_a_slug_however_it_is_written(faults, slug):
-    assert len(faults({**GOOD, "project_slug": slug})) == 1
-
-
-def test_every_module_of_the_standard_library_is_refused_as_a_slug(faults):
-    assert [name for name in sys.stdlib_module_names if not faults({**GOOD, "project_slug": name})] == []
-
-
-def test_every_requirement_of_the_project_is_refused_as_a_slug(faults):
-    lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    names = [re.match(r"[\w.-]+", line)[0].lower() for line in lines if re.match(r"\w", line)]
-    assert "nvflare" in names
-    assert [name for name in names if not faults({**GOOD, "project_slug": name})] == []
 
 
 @pytest.mark.parametrize(("question", "highest"), [("num_clients", 1000), ("rounds", 10000)])
