@@ -72,6 +72,8 @@ class BakedProject:
             json.loads(text)
         elif suffix == ".sh":
             subprocess.run(["bash", "-n", str(self.path / name)], check=True)
+        elif name == "Makefile":
+            subprocess.run(["make", "--dry-run"], cwd=self.path, check=True, stdout=subprocess.DEVNULL)
         elif suffix == ".j2":
             jinja2.Environment().parse(text)
         else:

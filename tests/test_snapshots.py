@@ -1,16 +1,17 @@
-"""What users get, before and after a change: rendered values and the list of files, as committed in tests/snapshots/.
+"""What users get, before and after a change: the list of files and what is rendered, as committed in tests/snapshots/.
 
-`make snapshots` writes them anew. A reviewer reads their difference.
+`make snapshots` rewrites them. A reviewer reads the diff.
 """
 
 import difflib
 import os
+from typing import Any
 
 import pytest
 
 from template import PROJECT, TEMPLATE, BakedProject
 
-SETS = {
+SETS: dict[str, dict[str, Any]] = {
     "default": {},
     "digits-on-gpus": {
         "project_name": "O'Brien's \"Eyes\" 👁",
@@ -22,26 +23,33 @@ SETS = {
 }
 
 
-def snapshot(project: BakedProject) -> str:
-    """The list of all files, and after it the text of those in which an answer stands."""
-    parts = ["==== all files", *project.files(), ""]
-    for name in project.files():
-        if project.read(name) != (PROJECT / name).read_text(encoding="utf-8"):
-            parts += [f"==== {name}", project.read(name)]
-    return "\n".join(parts)
+def snapshot(project: BakedProject, default: BakedProject | None) -> str:
+    """What is rendered: all of it for the default answers, and for others what differs from that.
+
+    Of files that are copied as they are, only the names: their text is in the repository already.
+    """
+    rendered = [name for name in project.files() if project.read(name) != (PROJECT / name).read_text(encoding="utf-8")]
+    if default is None:
+        texts = [f"==== {name}\n{project.read(name)}" for name in rendered]
+        return "\n".join(["==== all files", *project.files(), "", *texts])
+    return "\n".join(line for name in rendered for line in difference(default.read(name), project.read(name), name))
+
+
+def difference(before: str, after: str, name: str) -> list[str]:
+    return list(difflib.unified_diff(before.splitlines(), after.splitlines(), name, name, lineterm="", n=0))
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_what_is_rendered_is_what_was_committed(bake, name):
     path = TEMPLATE / "tests" / "snapshots" / f"{name}.txt"
-    now = snapshot(bake(**SETS[name]))
+    now = snapshot(bake(**SETS[name]), None if name == "default" else bake())
     if os.environ.get("SNAPSHOTS") == "write":
         path.parent.mkdir(exist_ok=True)
         path.write_text(now, encoding="utf-8")
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = difflib.unified_diff(before.splitlines(), now.splitlines(), f"committed {path.name}", "now", lineterm="")
-    if difference := "\n".join(lines):
-        pytest.fail(f"{difference}\n\nIs this what users shall get? Then: make snapshots", pytrace=False)
+    if before != now:
+        lines = "\n".join(difference(before, now, path.name))
+        pytest.fail(f"{lines}\n\nIs this what users shall get? Then: make snapshots", pytrace=False)
 
 
 def test_no_snapshot_is_left_over():

@@ -38,7 +38,7 @@ def test_the_resnet_has_no_statistics_of_batches(options):
 def test_the_resnet_does_not_shrink_small_images_before_the_first_block(options):
     seen = []
     model = LitResNet(10, options()).eval()
-    model.model.layer1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
+    model.get_submodule("model.layer1").register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
     with torch.inference_mode():
         model(torch.zeros(1, 3, 32, 32))
     assert seen == [(1, 64, 32, 32)]
@@ -79,7 +79,7 @@ class Watched(LitResNet):
 
     def __init__(self, options):
         super().__init__(2, options)
-        self.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))
+        self.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2))  # type: ignore[assignment]
         self.seen, self.rates = [], []
 
     def forward(self, x):

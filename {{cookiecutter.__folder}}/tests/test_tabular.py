@@ -1,12 +1,13 @@
 """Other data and another model: tests/tabular/ takes the place of data.py and model.py, and nothing else changes."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.tabular.data import SiteDataModule
 
 TABULAR = Path(__file__).with_name("tabular")
 
@@ -23,10 +24,7 @@ def test_other_data_and_another_model_need_no_other_change(project):
 
 
 def test_a_table_is_standardized_by_a_sites_own_training_rows(options):
-    spec = importlib.util.spec_from_file_location("tabular_data", TABULAR / "data.py")
-    tabular = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tabular)
-    for module in (tabular.SiteDataModule(site, options()) for site in ("site-1", "site-2", None)):
+    for module in (SiteDataModule(site, options()) for site in ("site-1", "site-2", None)):
         module.setup()
         rows = torch.cat([batch for batch, _ in module.train_dataloader()])
         assert rows.mean(dim=0).abs().max() < 1e-3
