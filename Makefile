@@ -33,7 +33,7 @@ types: .venv/ready  ## mypy: strict on the template's Python and on a rendered p
 	$(BIN)/python -m mypy $(TESTS_MAY) --exclude /project/ tests
 	$(BIN)/cookiecutter . --no-input --overwrite-if-exists --output-dir build project_slug=fl-types setup=skip
 	cd build/fl-types && ../../$(BIN)/python -m mypy
-	cd build/fl-types && MYPYPATH=../../tests ../../$(BIN)/python -m mypy $(TESTS_MAY) ../../tests/project
+	cd build/fl-types && MYPYPATH=../../tests:../../tests/project ../../$(BIN)/python -m mypy $(TESTS_MAY) ../../tests/project
 
 bench: .venv/ready  ## measure the speed beside a plain loop and the textbook way; BENCH="--data DIR" takes your images
 	$(BIN)/python benchmarks/speed.py $(BENCH)

@@ -184,7 +184,7 @@ def test_ctrl_c_leaves_nothing_half_made(project):
         encoding="utf-8",
         start_new_session=True,
     )
-    while process.stdout.readline() != "waiting\n":
+    while process.stdout and process.stdout.readline() != "waiting\n":
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate()[0] == "install.py: stopped\n"  # the pipe is closed once no process is left
@@ -344,7 +344,7 @@ def test_the_templates_make_uses_it(project, tmp_path):
     (template / PROJECT.name).mkdir(parents=True)
     for path in (TEMPLATE / "Makefile", TEMPLATE / "requirements-dev.txt"):
         shutil.copy(path, template)
-    for name in ("install.py", "requirements.txt"):
+    for name in ("install.py", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(PROJECT / name, template / PROJECT.name)
     no_network = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), NOWHERE)
     command = ["make", f"PYTHON={sys.executable}", ".venv/ready"]
@@ -352,6 +352,7 @@ def test_the_templates_make_uses_it(project, tmp_path):
     assert code == 0 and (template / ".venv" / "ready").exists(), said
     assert project.asked_of_uv()[-1].endswith(
         "/template/.venv/bin/python --quiet -r requirements-dev.txt -r {{cookiecutter.__folder}}/requirements.txt"
+        " -r {{cookiecutter.__folder}}/requirements-dev.txt"
     )
 
 

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -62,15 +63,17 @@ def md5(content: bytes) -> str:
 
 def make_cifar10() -> tuple[bytes, dict[str, str]]:
     """Return an archive in CIFAR-10's layout, 240 random images, and the checksums of the files in it."""
-    random, files = np.random.RandomState(0), {"batches.meta": {"label_names": [f"class {i}" for i in range(10)]}}
+    random = np.random.RandomState(0)
+    batches: dict[str, dict] = {"batches.meta": {"label_names": [f"class {i}" for i in range(10)]}}
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        files[name] = {"data": random.randint(0, 256, (40, 3072), np.uint8), "labels": [i % 10 for i in range(40)]}
+        batches[name] = {"data": random.randint(0, 256, (40, 3072), np.uint8), "labels": [i % 10 for i in range(40)]}
+    files = {name: pickle.dumps(batch) for name, batch in batches.items()}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, content in files.items():
-            member, files[name] = tarfile.TarInfo(f"cifar-10-batches-py/{name}"), pickle.dumps(content)
-            member.size = len(files[name])
-            archive.addfile(member, io.BytesIO(files[name]))
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return packed.getvalue(), {name: md5(content) for name, content in files.items()}
 
 
@@ -82,9 +85,12 @@ class Mirrors(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), self.Handler)
         self.archive, self.inner = make_cifar10()
-        self.asked, self.over = [], threading.Event()
+        self.asked: list[str] = []
+        self.over = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        server: "Mirrors"
+
         def do_GET(self):
             kind, archive = self.path.split("/")[1], self.server.archive
             self.server.asked.append(kind)
@@ -174,7 +180,7 @@ def test_where_no_mirror_answers_each_is_asked_once_and_the_check_takes_digits(c
 @pytest.mark.usefixtures("shorten_check")
 def test_two_renderings_at_once_download_once(cookiecutter, mirrors, tmp_path):
     arguments, cwd, env = cookiecutter("whole")
-    nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    nothing: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     slugs = [[], ["project_slug=ears"]]
     processes = [subprocess.Popen([*arguments, *slug], cwd=cwd, env=env, **nothing) for slug in slugs]
     assert [process.wait() for process in processes] == [0, 0]

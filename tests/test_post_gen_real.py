@@ -23,7 +23,7 @@ def offline(tmp_path):
     """Run a command without a network; return its exit code and what it says."""
 
     def offline(*words: str, cwd: Path = tmp_path, **variables: str) -> tuple[int, str]:
-        return run(words, cwd, surroundings(tmp_path, **PROXIES, **variables))
+        return run([*words], cwd, surroundings(tmp_path, **PROXIES, **variables))
 
     return offline
 
@@ -75,16 +75,20 @@ def cruft(offline, tmp_path):
     (project / "job.py").write_text("print('job.py ran')\nopen('trace', 'a').write('ran ')\n", encoding="utf-8")
     identity = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
-    def cruft(*words: str, cwd: Path = tmp_path) -> tuple[int, str]:
-        return offline(*words, cwd=cwd, **identity)
+    class Cruft:
+        def __init__(self):
+            self.template = template
 
-    def commit(folder: Path) -> None:
-        for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "x"]):
-            code, said = cruft("git", *words, cwd=folder)
-            assert code == 0, said
+        def __call__(self, *words: str, cwd: Path = tmp_path) -> tuple[int, str]:
+            return offline(*words, cwd=cwd, **identity)
 
-    cruft.commit, cruft.template = commit, template
-    commit(template)
+        def commit(self, folder: Path) -> None:
+            for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "x"]):
+                code, said = self("git", *words, cwd=folder)
+                assert code == 0, said
+
+    cruft = Cruft()
+    cruft.commit(template)
     return cruft
 
 

@@ -102,7 +102,7 @@ def test_a_number_is_whole_and_within_its_bounds(faults, question, highest):
 def test_a_hook_uses_the_standard_library_alone(hook):
     for node in ast.walk(ast.parse(hook.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 

@@ -23,6 +23,8 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.result: dict = {}  # for a fixture that runs a federation: its results.json,
+        self.screen, self.errors = "", ""  # and what it said
         shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns("runs", ".venv", "tests", ".*", "__pycache__"))
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen:

@@ -56,7 +56,7 @@ def test_sites_count_by_their_training_images():
 
 
 def test_the_order_of_arrival_changes_no_bit():
-    orders = list(itertools.permutations(results()))
+    orders = [[*order] for order in itertools.permutations(results())]
     means = {mean_of(order).params["w"].tobytes() for order in orders}
     assert len(means) == 1
     summed_on_arrival = {sum(site.params["w"] for site in order).tobytes() for order in orders}

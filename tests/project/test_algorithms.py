@@ -143,7 +143,7 @@ def test_every_algorithm_that_is_offered_is_built():
 def test_a_run_goes_on_with_its_own_settings(runs):
     options, start = command_line.parse(["--resume", "first"])
     assert (options.batch_size, options.local_epochs, options.learning_rate) == (8, 3, 0.02)
-    assert (start.first_round, start.model.resolve()) == (2, runs / "first" / "final.pt")
+    assert (start.first_round, start.model and start.model.resolve()) == (2, runs / "first" / "final.pt")
     assert parsed("--resume", "first", "--num_rounds", "7", "--learning_rate", "0.1").learning_rate == 0.1
 
 
@@ -152,7 +152,7 @@ def test_a_run_goes_on_by_its_path_as_a_shell_completes_it(runs, monkeypatch, pa
     (runs / "latest").symlink_to("first")
     monkeypatch.chdir(runs.parent)
     options, start = command_line.parse(["--resume", path])
-    assert (options.resume, start.model.resolve()) == ("first", runs / "first" / "final.pt")
+    assert (options.resume, start.model and start.model.resolve()) == ("first", runs / "first" / "final.pt")
 
 
 BROKEN = {
@@ -304,7 +304,8 @@ class Federations:
     )
 
     def __init__(self, project: Project):
-        self.project, self.results = project, {}
+        self.project = project
+        self.results: dict[tuple, dict] = {}
 
     def run(self, *flags: str, again: str = "", **environment: str) -> dict:
         key = (flags, again)
@@ -429,7 +430,7 @@ def test_the_global_model_is_the_mean_of_the_sites_own_by_their_images(federatio
         data = SiteDataModule(site, made)
         model = make_model(made)
         model.load_state_dict(federations.weights(result, "bundle/initial.pt"))
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        quiet: dict = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(max_epochs=1, accelerator="cpu", limit_val_batches=0, enable_model_summary=False, **quiet)
         trainer.fit(model, datamodule=data)
         models.append(model.state_dict())

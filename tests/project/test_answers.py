@@ -30,7 +30,8 @@ class Server:
     """As much of NVFlare's server as a check sees."""
 
     def __init__(self, folder, algorithm="fedavg", images=IMAGES):
-        self.folder, self.panics = folder, []
+        self.folder = folder
+        self.panics: list[str] = []
         self.check = AnswerCheck(algorithm, ["cat", "dog"], 0, images)
         self.check.system_panic = lambda reason, fl_ctx: self.panics.append(reason)
         self.model = WEIGHTS

@@ -28,7 +28,7 @@ def test_a_data_set_becomes_color_images_of_the_size_asked_for(
     for split, (images, labels) in (("train", stand_in.train), ("test", stand_in.test)):
         opened = open_split(store, split)
         assert opened.images.shape == (len(images), 3, image_size, image_size)
-        assert (opened.images.dtype, opened.labels.dtype) == (np.uint8, np.int64)
+        assert (opened.images.dtype, opened.labels.dtype) == (np.dtype("uint8"), np.dtype("int64"))
         assert opened.labels.tolist() == labels.tolist()
         assert opened.images.mean() == pytest.approx(images.mean(), rel=0.02)
 
@@ -173,7 +173,8 @@ def test_an_archive_is_unpacked_where_the_next_conversion_cleans_up(mirror, publ
         unpacked_in.append(Path(folder).relative_to(empty_cache).parts[0])
         unpack(archive, folder)
 
-    unpacked_in, unpack = [], shutil.unpack_archive
+    unpacked_in: list[str] = []
+    unpack = shutil.unpack_archive
     publish("cifar10", mirror(good).url)
     monkeypatch.setattr(shutil, "unpack_archive", watch)
     prepare("cifar10", None, 32)
@@ -206,8 +207,8 @@ def test_two_processes_at_once_download_once(mirror, stand_ins, empty_cache):
     server = mirror(waits_for_a_second_request)
     stand_in = stand_ins["bloodmnist"]
     command = [sys.executable, "-c", PREPARE_WHEN_TOLD, server.url, md5(stand_in.files["bloodmnist.npz"])]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, cwd=PROJECT, **pipes) for _ in range(2)]
+    pipes: dict = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both: list = [subprocess.Popen(command, cwd=PROJECT, **pipes) for _ in range(2)]
     try:
         assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
         for process in both:

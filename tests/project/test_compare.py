@@ -130,7 +130,7 @@ def test_a_run_that_changed_its_learning_rate_on_the_way_is_refused(run, program
 
 
 def test_the_baselines_have_the_threads_of_the_sites(run, monkeypatch):
-    asked = []
+    asked: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", asked.append)
     folder, result = run(n_clients=1)
     compare.compare(RunFolder(folder), {**result, "threads": 3})

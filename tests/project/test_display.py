@@ -8,6 +8,7 @@ import pytest
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from rich.console import Console
+from torch.utils.data import DataLoader, TensorDataset
 
 from federation.launch.display import Overview, duration, follow
 from federation.protocol import PHASES, append_json, read_json_lines
@@ -105,12 +106,12 @@ class Model(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def loader(self):
-        return torch.utils.data.DataLoader(torch.ones(4, 1), batch_size=1)
+        return DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=1)
 
     train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
 
     def training_step(self, batch):
-        return (self.weight * batch).sum()
+        return (self.weight * batch[0]).sum()
 
     def validation_step(self, batch):
         pass
@@ -118,7 +119,7 @@ class Model(LightningModule):
     test_step = validation_step
 
     def predict_step(self, batch):
-        return batch
+        return batch[0]
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -126,7 +127,8 @@ class Model(LightningModule):
 
 def work_with(callback):
     """What client.py does with a trainer, but that `fit` validates, too."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet: dict = dict.fromkeys(off, False)
     trainer, model = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], **quiet), Model()
     for act in (trainer.validate, trainer.fit, trainer.test, trainer.predict):
         act(model)

@@ -158,8 +158,8 @@ class TestTheTime:
             (25.0, 25.75, "evaluating"),
             (25.75, 30.0, "waiting"),
         ]
-        sums = timing.totals(found)["site-2"]
-        assert sums == {"start": 10.0, "computing": 8.25, "evaluating": 4.0, "waiting": 7.75}
+        sums = timing.totals(found)
+        assert sums and sums["site-2"] == {"start": 10.0, "computing": 8.25, "evaluating": 4.0, "waiting": 7.75}
 
     def test_of_a_process_that_starts_again_is_start_again(self, run, announce):
         announce("site-2", [*WORK, (13.0, "starting"), *FINAL])

@@ -94,7 +94,7 @@ def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(tmp_path, monkeypa
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
     """federate() without a federation: what it would have given is there at once."""
-    collected = {
+    collected: dict = {
         "rounds": [
             {
                 "round": k,

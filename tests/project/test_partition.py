@@ -72,9 +72,9 @@ def test_another_seed_gives_other_lists(scheme):
 @pytest.mark.parametrize("scheme", PARTITIONS)
 def test_the_global_random_state_is_neither_read_nor_moved(scheme):
     np.random.seed(1)
-    before = np.random.get_state()[1].tolist()
+    before = np.random.get_state(legacy=False)["state"]["key"].tolist()
     first = partition(BALANCED, 3, scheme, seed=0)
-    assert np.random.get_state()[1].tolist() == before
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == before
     np.random.seed(2)
     assert as_lists(partition(BALANCED, 3, scheme, seed=0)) == as_lists(first)
 

@@ -42,7 +42,7 @@ def test_children_and_keys_go_with_their_parent_and_nothing_else_does(tmp_path, 
     bystander = subprocess.Popen(["tail", "-f", log], stdout=subprocess.DEVNULL)
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     parent = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()] if parent.stdout else []
     watchdog = next(child for child in psutil.Process(parent.pid).children() if "watchdog.py" in child.cmdline()[1])
     if killed:
         parent.kill()
@@ -82,7 +82,7 @@ def start_training(project: Project, *flags: str) -> tuple[subprocess.Popen, lis
 def await_training(project: Project, process: subprocess.Popen) -> None:
     progress = "runs/*/workspace/*/*/progress.jsonl"
     while not any("training" in path.read_text() for path in project.folder.glob(progress)):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
 
 
@@ -143,7 +143,9 @@ def test_closing_the_terminal_leaves_no_process(project):
         [sys.executable, "-c", lead, sys.executable, "job.py", *LONG],
         cwd=project.folder,
         start_new_session=True,
-        **dict.fromkeys(("stdin", "stdout", "stderr"), programs_side),
+        stdin=programs_side,
+        stdout=programs_side,
+        stderr=programs_side,
     )
     os.close(programs_side)
     sent = b""

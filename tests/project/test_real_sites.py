@@ -91,7 +91,7 @@ class Federation:
         definition["participants"] = others + [{**client, "name": site} for site in SITES]
         folder.mkdir()
         (folder / "project.yml").write_text(yaml.safe_dump(definition))
-        provision = [Path(sys.executable).with_name("nvflare"), "provision", "-p", "project.yml", "-w", "out"]
+        provision = [str(Path(sys.executable).with_name("nvflare")), "provision", "-p", "project.yml", "-w", "out"]
         subprocess.run(provision, cwd=folder, check=True, capture_output=True)
         self.kits = folder / "out" / name / "prod_00"
         resources = (self.kits / "localhost" / "local" / "resources.json.default").read_text()
@@ -150,9 +150,8 @@ def federation(project, images, tmp_path_factory):
     (folder / "tap").mkdir()
     (folder / "tap" / "sitecustomize.py").write_text(TAP)
     federation = Federation(project, folder / "own", "ours")
-    federation.received = folder / "received"
     try:
-        federation.start("localhost", PYTHONPATH=str(folder / "tap"), TAP=str(federation.received))
+        federation.start("localhost", PYTHONPATH=str(folder / "tap"), TAP=str(folder / "received"))
         for site in SITES:
             federation.start(site, FL_DATA_ROOT=str(images[site]), FL_SHARE_COUNTS="1" if site == "east" else "")
         yield federation

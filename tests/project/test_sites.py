@@ -149,7 +149,8 @@ def submit_job(monkeypatch, folder: Path, growth: list[bytes], follow) -> FakeSe
 
 def follow_a_job(monkeypatch, folder: Path, growth: list[bytes]) -> tuple[FakeSession, str, list[int]]:
     """What was shown of a job's log, and the rounds known to be over."""
-    shown, over = [], []
+    shown: list[str] = []
+    over: list[int] = []
 
     def follow(log, rounds):
         shown.append(log)
@@ -194,8 +195,9 @@ class Monitored:
     """A heartbeat monitor with sites that answer its questions, a clock that is set, and the workflow that it tells."""
 
     def __init__(self, monkeypatch, sites: list[str], site_timeout: float):
-        self.now, self.dead, self.sites = 0.0, [], sites
-        monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
+        self.now, self.sites = 0.0, sites
+        self.dead: list[str] = []
+        monkeypatch.setattr("federation.server.heartbeat.time.monotonic", lambda: self.now)
         self.monitor = heartbeat.HeartbeatMonitor(site_timeout)
         self.monitor.heard = dict.fromkeys(sites, 0.0)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from pytorch_lightning import Trainer
-from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer  # type: ignore[import-untyped]
 
 from data import SiteDataModule
 from federation.errors import UserError
@@ -19,7 +19,7 @@ from programs import Project
 from settings import TRACKERS
 from trainer import make_model
 
-RESULT = {
+RESULT: dict = {
     "rounds": [
         {"round": 0, "accuracy": 0.125, "sites": {}},
         {"round": 1, "accuracy": 0.25, "sites": {}},
@@ -204,8 +204,9 @@ def federate(tmp_path_factory, tracker, **environment) -> Project:
     """Two sites, three rounds, in the project's copy."""
     project = Project(tmp_path_factory.mktemp(tracker) / "project")
     flags = ["--dataset", "digits", "--n_clients", "2", "--num_rounds", "3", "--name", "tracked"]
-    project.done = project.run("job.py", *flags, "--tracking", tracker, **environment)
-    assert project.done.returncode == 0, project.done.stderr
+    run = project.run("job.py", *flags, "--tracking", tracker, **environment)
+    assert run.returncode == 0, run.stderr
+    project.screen, project.errors = run.stdout, run.stderr
     project.result = json.loads((project.folder / "runs" / "tracked" / "results.json").read_text())
     return project
 
@@ -238,8 +239,8 @@ class TestWithTensorBoard:
         assert curves["global"]["test/acc"] == [(3, pytest.approx(project.result["test"]["accuracy"]))]
 
     def test_two_sites_and_three_rounds_fill_25_lines(self, project):
-        assert project.done.stderr == ""
-        assert len(project.done.stdout.splitlines()) <= 25
+        assert project.errors == ""
+        assert len(project.screen.splitlines()) <= 25
 
 
 @pytest.mark.slow
@@ -248,7 +249,7 @@ def test_mlflow_has_a_run_for_each_site_and_the_global_model(tmp_path_factory, s
     from mlflow import MlflowClient
 
     project = federate(tmp_path_factory, "mlflow")
-    assert project.done.stderr == ""
+    assert project.errors == ""
     client = MlflowClient(f"sqlite:///{project.folder}/runs/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "project"]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
@@ -265,7 +266,7 @@ def test_mlflow_has_a_run_for_each_site_and_the_global_model(tmp_path_factory, s
 def test_wandb_works_offline(tmp_path_factory, shared_cache):
     pytest.importorskip("wandb")
     project = federate(tmp_path_factory, "wandb", WANDB_MODE="offline")
-    assert project.done.stderr == ""
+    assert project.errors == ""
     stored = dict(map(read_wandb, wandb_files(project)))
     assert sorted(name[:6] for name in stored) == ["global", "site-1", "site-2"]
     for name, history in stored.items():
