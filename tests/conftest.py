@@ -1,4 +1,4 @@
-"""Fixtures of all tests: rendering the template in-process, offline, into temporary folders."""
+"""Shared fixtures: render the template in-process, offline, into temporary folders."""
 
 import runpy
 import shutil
@@ -10,16 +10,16 @@ from hypothesis import HealthCheck, settings
 
 from template import PROJECT, TEMPLATE, BakedProject, checked, files_of
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # else what a background job starts ignores Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job ignore Ctrl-C otherwise
 
-# The same examples on every machine and day; how long one takes depends on the machine and is no fault.
+# The same examples on every run. How long one takes depends on the machine, so no deadline.
 settings.register_profile("template", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("template")
 
 
 @pytest.fixture(scope="session")
 def template_without_hooks(tmp_path_factory) -> Path:
-    """The template as `--accept-hooks no` uses it: quick, and safe with `setup=full`."""
+    """A copy of the template without hooks: faster, and `setup=full` does nothing."""
     copy = tmp_path_factory.mktemp("template")
     shutil.copy(TEMPLATE / "cookiecutter.json", copy)
     for name in files_of(PROJECT):
@@ -30,7 +30,7 @@ def template_without_hooks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def bake(cookies_session, template_without_hooks):
-    """Render a project: `bake(dataset="digits")`. Without its hooks unless `hooks=True`."""
+    """Render a project, without hooks by default: `bake(dataset="digits")`."""
 
     def bake(hooks: bool = False, **answers) -> BakedProject:
         template = TEMPLATE if hooks else template_without_hooks
@@ -44,5 +44,5 @@ def bake(cookies_session, template_without_hooks):
 
 @pytest.fixture(scope="session")
 def faults():
-    """The rules of hooks/pre_gen_project.py: a function that returns what is wrong with some answers."""
+    """The function of hooks/pre_gen_project.py that validates answers."""
     return runpy.run_path(str(TEMPLATE / "hooks" / "pre_gen_project.py"))["faults"]

@@ -1,4 +1,4 @@
-"""The template and a rendered project, as the tests see them."""
+"""Paths, questions and helpers for tests of the template and of rendered projects."""
 
 import json
 import os
@@ -23,21 +23,21 @@ QUESTIONS = {name: default for name, default in ANSWERS.items() if not name.star
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the paths of all files in a folder, without what running them there leaves behind."""
+    """Return the paths of all files in a folder, except caches and runs."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     left_behind = {"__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", ".venv", "runs"}
     return [path.as_posix() for path in paths if not left_behind & set(path.parts)]
 
 
 def is_rendered(name: str) -> bool:
-    """Tell whether a file of the project may depend on the answers. All others are plain: the same in every project."""
+    """Whether a project file may depend on the answers. All others are the same in every project."""
     return name in ("settings.py", "README.md", "pyproject.toml") or name.startswith("deploy/")
 
 
 def as_typed(name: str) -> str:
-    """Return the override that arrives as `name` would if typed at the prompt.
+    """Return a command-line override equivalent to typing `name` at the prompt.
 
-    Cookiecutter renders overrides as templates but what is typed not, so the name is wrapped into a string of Jinja's.
+    Cookiecutter renders overrides as templates, but not what is typed, so the name becomes a Jinja string literal.
     """
     return "{{ " + ascii(name) + " }}"
 
@@ -60,7 +60,7 @@ class BakedProject:
         return {"PROJECT_NAME": found["PROJECT_NAME"], **vars(found["Options"]())}
 
     def parse(self, name: str) -> None:
-        """Raise if a file is not valid in its own language; also if nobody has said which language that is."""
+        """Raise if a file is not valid in its language, or of a type that this method does not know."""
         text, suffix = self.read(name), Path(name).suffix
         if suffix == ".py":
             compile(text, name, "exec", dont_inherit=True)
@@ -80,14 +80,14 @@ class BakedProject:
             assert suffix in (".md", ".txt") or Path(name).name in (".gitignore", "Dockerfile"), f"what is {name}?"
 
     def ruff(self, *command: str) -> str:
-        """Return ruff's complaints about the project, under the project's own configuration."""
-        return self._complaints("ruff", *command, "--no-cache")
+        """Return what ruff reports under the project's own configuration; empty if nothing."""
+        return self._report("ruff", *command, "--no-cache")
 
     def mypy(self) -> str:
-        """Return mypy's complaints about the project, under the project's own configuration."""
-        return self._complaints("mypy", "--cache-dir", os.devnull)
+        """Return what mypy reports under the project's own configuration; empty if nothing."""
+        return self._report("mypy", "--cache-dir", os.devnull)
 
-    def _complaints(self, tool: str, *arguments: str) -> str:
+    def _report(self, tool: str, *arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", tool, *arguments], cwd=self.path, capture_output=True, encoding="utf-8"
         )
@@ -95,7 +95,7 @@ class BakedProject:
 
 
 def checked(answers: dict) -> dict:
-    """Return answers for cookiecutter, which would ignore one to a question that does not exist."""
+    """Add defaults for tests. Fail for unknown questions, which cookiecutter would ignore."""
     assert answers.keys() <= QUESTIONS.keys(), f"no such question: {answers.keys() - QUESTIONS.keys()}"
     return {"setup": "skip", **answers}
 
@@ -107,14 +107,14 @@ def command(template: Path, *options: str, **answers) -> list[str]:
 
 
 def surroundings(home: Path, **variables: str) -> dict[str, str]:
-    """The environment variables of a user who has set none of those that matter here, and whose home is `home`."""
+    """A clean environment: this one without variables that affect the template, with another home."""
     kept = {name: text for name, text in os.environ.items() if not re.search("^(FL|PIP|UV)_|_proxy$", name, re.I)}
     own = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PIP_CONFIG_FILE": os.devnull}
     return {**kept, **own, "PYTHONDONTWRITEBYTECODE": "1", **variables}
 
 
 def run(command: list, cwd: Path, env: dict[str, str]) -> tuple[int, str]:
-    """Run a command without a terminal; return its exit code and all that it says."""
+    """Run a command without a terminal. Return its exit code and its output, stderr included."""
     done = subprocess.run(
         command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=-1, stderr=subprocess.STDOUT, encoding="utf-8"
     )

@@ -1,4 +1,4 @@
-"""What the project ships for real sites: who takes part, and containers that can do little harm."""
+"""What the project ships for real sites: provisioning, hardened containers, the guide's commands."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from test_readme import as_typed_in, commands, environment_in
 
 
 @pytest.mark.parametrize("num_clients", ["1", "3", "1000"])
-def test_the_sites_of_a_federation_are_as_many_as_were_asked_for(bake, num_clients):
+def test_provisioning_lists_the_requested_number_of_sites(bake, num_clients):
     project = bake(project_slug="eyes_2", num_clients=num_clients)
     provision = yaml.safe_load(project.read("deploy/project.yml"))
     names = [member["name"] for member in provision["participants"] if member["type"] == "client"]
@@ -27,8 +27,8 @@ def test_the_sites_of_a_federation_are_as_many_as_were_asked_for(bake, num_clien
     }
 
 
-def test_a_site_can_forbid_what_the_guide_says_and_nothing_else(bake, tmp_path):
-    """Administrators can no longer look into its folders; all their other rights are NVFlare's default."""
+def test_the_guides_authorization_file_forbids_looking_into_a_site_and_nothing_else(bake, tmp_path):
+    """All other rights stay NVFlare's default."""
     from nvflare.apis.fl_constant import AdminCommandNames
     from nvflare.fuel.sec.authz import AuthzContext, Person
     from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory, FLAuthorizer
@@ -54,7 +54,7 @@ def test_a_site_can_forbid_what_the_guide_says_and_nothing_else(bake, tmp_path):
         ]
 
     by_default = allowed(default)
-    assert ("cat", "ann:coordinator:project_admin") in {entry[:2] for entry in by_default}  # else no need of the file
+    assert ("cat", "ann:coordinator:project_admin") in {entry[:2] for entry in by_default}  # the file has a purpose
     assert allowed(json.loads(text)) == [entry for entry in by_default if entry[0] not in forbidden]
 
 
@@ -65,7 +65,7 @@ def test_the_compose_file_follows_its_schema(bake):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_container_may_do_little(bake):
+def test_containers_are_hardened(bake):
     services = yaml.safe_load(bake().read("deploy/compose.yml"))["services"]
     assert set(services) == {"server", "site", "site-gpu"}
     for name, service in services.items():
@@ -76,15 +76,15 @@ def test_a_container_may_do_little(bake):
         assert ("ports" in service) == (name == "server")
 
 
-def test_the_image_is_pinned_checked_and_not_root(bake):
+def test_the_image_is_pinned_has_a_health_check_and_does_not_run_as_root(bake):
     lines = bake().read("deploy/Dockerfile").splitlines()
     assert any(re.fullmatch(r"ARG PYTHON_IMAGE=python:3\.12-slim@sha256:[0-9a-f]{64}", line) for line in lines)
     assert [line for line in lines if line.startswith("USER ")] == ["USER 10001:10001"]
     assert any(line.startswith("HEALTHCHECK ") for line in lines)
 
 
-def test_the_guides_commands_keep_keys_private_under_a_usual_umask(bake):
-    """Provision, add a site, and unpack a kit that has lost its permissions on its way."""
+def test_the_guides_commands_keep_keys_private_under_the_default_umask(bake):
+    """Provision, add a site, and unpack a kit whose permissions were lost in transit."""
     project = bake(project_slug="eyes_2").path
     environment_in(project)
     guide = commands(project / "deploy" / "README.md")

@@ -1,4 +1,4 @@
-"""A rendered project passes its own tests, as its README tells its owner to run them."""
+"""A rendered project passes its own tests."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""Every command of both READMEs works as it stands there, or is listed here with the reason why no test runs it.
+"""Every command in both READMEs is run as written, or listed here with the reason why not.
 
-A new command makes a test fail until it stands in one of the lists.
+A new command fails a test until it is in one of the lists.
 """
 
 import os
@@ -24,7 +24,7 @@ NOT_RUN_IN_TEMPLATE = {
     "make test": "runs this test",
 }
 
-RUN_IN_PROJECT = {  # and what is added, where a test would take minutes
+RUN_IN_PROJECT = {  # command -> flags added to keep the test short
     "python3 install.py": "",
     JOB: "",
     RESULTS: "",
@@ -44,10 +44,10 @@ NOT_RUN_IN_PROJECT = {
 
 
 def commands(readme: Path) -> list[str]:
-    """The commands in the blocks ```sh, one line each, without comments."""
+    """The commands in ```sh blocks, one per line, without comments."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S):
-        assert language in ("sh", "python", "json", ""), f"{readme}: commands go into blocks of sh, not {language}"
+        assert language in ("sh", "python", "json", ""), f"{readme}: commands belong in ```sh blocks, not {language}"
         if language == "sh":
             lines = block.replace("\\\n", "").splitlines()
             found += [command for line in lines if (command := re.sub(r"(^|\s+)#.*", "", line).strip())]
@@ -55,7 +55,7 @@ def commands(readme: Path) -> list[str]:
 
 
 def environment_in(folder: Path) -> None:
-    """Give a folder a .venv with all that the Python of this test has, of which a removal would remove links only."""
+    """Create a .venv of links to the environment of this test, which removing it would not touch."""
     (folder / ".venv").mkdir()
     for path in Path(sys.prefix).iterdir():
         (folder / ".venv" / path.name).symlink_to(path)
@@ -65,7 +65,7 @@ def environment_in(folder: Path) -> None:
 
 
 def as_typed_in(folder: Path, command: str) -> None:
-    """Run a command as a user would in a folder, and fail if it does."""
+    """Run a command in a folder as a user would; fail if it fails."""
     home = folder.parent / "home"
     nothing_fetched = {"PIP_NO_INDEX": "1", "UV_OFFLINE": "1", "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}"}
     code, said = run(["sh", "-c", command], folder, surroundings(home, **nothing_fetched))
@@ -86,7 +86,7 @@ def test_every_command_of_the_project_is_run_or_has_a_reason(project):
 
 
 def test_every_flag_exists(project):
-    """Also of the commands that no test runs."""
+    """Including those of commands that no test runs."""
     helps = {}
     for command in commands(project.path / "README.md"):
         program, *words = shlex.split(command)[1:]
@@ -99,7 +99,7 @@ def test_every_flag_exists(project):
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[program]), command
 
 
-def test_the_map_for_contributors_names_every_program_of_the_project():
+def test_contributing_lists_every_module_of_the_project():
     text = (TEMPLATE / "CONTRIBUTING.md").read_text(encoding="utf-8")
     programs = [path.relative_to(PROJECT) for path in PROJECT.rglob("*.py")]
     missing = [path for path in programs if path.parts[0] not in ("tests", "deploy") and f"{path.name}`" not in text]
@@ -129,7 +129,7 @@ def test_the_commands_of_the_project_work(project):
             image = project.path / site / "images" / "train" / f"class-{number % 2}" / f"{number}.png"
             image.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (number, 0, 0)).save(image)
-    for command, added in RUN_IN_PROJECT.items():  # in this order: what is shown has to be there
+    for command, added in RUN_IN_PROJECT.items():  # in this order: results.py shows what job.py made
         command = command.replace("/path/to/images", "site-1/images").replace("/path/to/{site}", "{site}")
         as_typed_in(project.path, f"{command} {added}")
         if command == JOB:

@@ -1,4 +1,4 @@
-"""Whatever is answered, the rendered project is whole, valid and clean, and the answers are in few of its files."""
+"""For any answers, the rendered project is complete and valid, and only a few files depend on the answers."""
 
 import itertools
 import re
@@ -18,11 +18,11 @@ COMBINATIONS = [dict(zip(CHOICES, answers, strict=True)) for answers in itertool
 
 @pytest.fixture(scope="module", params=COMBINATIONS, ids=lambda answers: "-".join(map(str, answers.values())))
 def project(request, bake):
-    """A project of every combination of the choices, and so of every choice and every pair of them."""
+    """One project for every combination of choices."""
     return bake(**request.param)
 
 
-def test_a_project_has_the_same_files_whatever_is_answered(project, bake):
+def test_the_list_of_files_does_not_depend_on_the_answers(project, bake):
     """tests/snapshots/default.txt lists them."""
     assert project.files() == bake().files()
 
@@ -42,7 +42,7 @@ def test_mypy_finds_nothing(bake):
     assert bake().mypy() == ""
 
 
-def test_no_token_of_the_template_is_left(project):
+def test_no_template_syntax_is_left(project):
     for name in project.files():
         tokens = r"\{\{|\{%|\{#|cookiecutter" if is_rendered(name) else "cookiecutter"
         assert not re.search(tokens, project.read(name)), name

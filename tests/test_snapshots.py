@@ -1,6 +1,6 @@
-"""What users get, before and after a change: the list of files and what is rendered, as committed in tests/snapshots/.
+"""Snapshots of what is rendered, in tests/snapshots/, so that a reviewer sees what a change does for users.
 
-`make snapshots` rewrites them. A reviewer reads the diff.
+`make snapshots` updates them.
 """
 
 import difflib
@@ -24,10 +24,7 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 def snapshot(project: BakedProject, default: BakedProject | None) -> str:
-    """What is rendered: all of it for the default answers, and for others what differs from that.
-
-    Of files that are copied as they are, only the names: their text is in the repository already.
-    """
+    """The list of files and the text of those that depend on the answers; for other answers, a diff to the default."""
     rendered = [name for name in project.files() if project.read(name) != (PROJECT / name).read_text(encoding="utf-8")]
     if default is None:
         texts = [f"==== {name}\n{project.read(name)}" for name in rendered]
@@ -40,7 +37,7 @@ def difference(before: str, after: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_what_is_rendered_is_what_was_committed(bake, name):
+def test_the_rendered_files_match_the_snapshot(bake, name):
     path = TEMPLATE / "tests" / "snapshots" / f"{name}.txt"
     now = snapshot(bake(**SETS[name]), None if name == "default" else bake())
     if os.environ.get("SNAPSHOTS") == "write":
@@ -49,9 +46,9 @@ def test_what_is_rendered_is_what_was_committed(bake, name):
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     if before != now:
         lines = "\n".join(difference(before, now, path.name))
-        pytest.fail(f"{lines}\n\nIs this what users shall get? Then: make snapshots", pytrace=False)
+        pytest.fail(f"{lines}\n\nIf this is intended: make snapshots", pytrace=False)
 
 
-def test_no_snapshot_is_left_over():
+def test_every_snapshot_belongs_to_a_set_of_answers():
     folder = TEMPLATE / "tests" / "snapshots"
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.txt" for name in SETS)

