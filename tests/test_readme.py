@@ -20,7 +20,7 @@ JOB, RESULTS = ".venv/bin/python job.py", ".venv/bin/python results.py"
 
 RUN_IN_TEMPLATE = ["make demo", "make lint"]
 NOT_RUN_IN_TEMPLATE = {
-    "cookiecutter gh:org/fl-lightning-template": "needs a network; test_post_gen_real.py renders this copy",
+    "uvx cookiecutter gh:OWNER/fl-lightning-template": "needs a network; test_post_gen_real.py renders this copy",
     "make test": "runs this test",
 }
 
