@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning
 import torch
 
 import results
@@ -68,9 +69,10 @@ class TestASchema:
 
     def test_knows_the_versions_of_what_it_depends_on(self):
         versions = schema.versions()
-        assert set(versions) == {"python", "nvflare", "torch", "lightning"}
+        assert set(versions) == {"python", "nvflare", "torch", "pytorch-lightning"}
         assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
         assert versions["python"] == sys.version.split()[0]
+        assert versions["pytorch-lightning"] == pytorch_lightning.__version__
 
 
 BROKEN = {

@@ -63,7 +63,7 @@ def compose(
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
-    for name in ("nvflare", "torch", "lightning"):
+    for name in ("nvflare", "torch", "pytorch-lightning"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
