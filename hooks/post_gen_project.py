@@ -18,10 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-OWN = ".venv/bin/python"  # what install.py makes, unless the Python that runs it has all that is needed
-BY_HAND = ["python3 install.py", "sh prepare_data.sh", f"{OWN} job.py --check  # python3, where no .venv was needed"]
+VENV_PYTHON = ".venv/bin/python"  # what install.py makes, unless the Python that runs it has all that is needed
+MANUAL_STEPS = [
+    "python3 install.py",
+    "sh prepare_data.sh",
+    f"{VENV_PYTHON} job.py --check  # python3, where no .venv was needed",
+]
 DOWNLOADS = {"cifar10": "170 MB", "fashion_mnist": "30 MB", "bloodmnist": "35 MB"}
-UNFIT = r"[\s'\"\\#]"  # in a project's path, as in its federation/launch/options.py
+UNSUPPORTED_PATH = r"[\s'\"\\#]"  # in a project's path, as in its federation/launch/options.py
 received: list[bool] = []  # signals: the first one ends the command that runs, and no step is begun after it
 
 
@@ -65,11 +69,11 @@ def step(title: str, *command: str, **options: Any) -> str:
 def set_up(dataset: str) -> tuple[list[str], list[str]]:
     """Do all steps that can be done; return what went wrong, and the commands to type next."""
     limit, data_limit = os.environ.get("FL_CHECK_TIMEOUT") or "300", os.environ.get("FL_DATA_TIMEOUT") or "600"
-    if re.search(UNFIT, os.getcwd()):
+    if re.search(UNSUPPORTED_PATH, os.getcwd()):
         where = "a folder whose path has spaces, quotes, \\ or #"
-        return [f"NOT VERIFIED: NVFlare cannot run in {where}: move the project first"], BY_HAND
+        return [f"NOT VERIFIED: NVFlare cannot run in {where}: move the project first"], MANUAL_STEPS
     if not limit.isdecimal():
-        return [f"NOT VERIFIED: FL_CHECK_TIMEOUT is a whole number of seconds, not {limit!r}"], BY_HAND
+        return [f"NOT VERIFIED: FL_CHECK_TIMEOUT is a whole number of seconds, not {limit!r}"], MANUAL_STEPS
     size = f"{DOWNLOADS.get(dataset)} unless they are in the cache, at most {data_limit} s (FL_DATA_TIMEOUT)"
     say("\nSetting up the project. Ctrl-C stops it at any time and leaves the project whole.")
     say("  1. environment: ", end="")
@@ -78,8 +82,8 @@ def set_up(dataset: str) -> tuple[list[str], list[str]]:
     say(f"  3. check: one short round, about half a minute, at most {limit} s (FL_CHECK_TIMEOUT)")
 
     if reason := step("1/3 environment", sys.executable, "install.py"):
-        return [f"NOT VERIFIED: there is no environment: {reason}, see above"], BY_HAND
-    python = OWN if os.path.exists(OWN) else sys.executable
+        return [f"NOT VERIFIED: there is no environment: {reason}, see above"], MANUAL_STEPS
+    python = VENV_PYTHON if os.path.exists(VENV_PYTHON) else sys.executable
     job, check, wrong, todo = f"{shlex.quote(python)} job.py", [python, "job.py", "--check"], [], []
     on_digits, flags, variables = ["--dataset", "digits"], [], {}
     if dataset == "digits":
@@ -90,7 +94,7 @@ def set_up(dataset: str) -> tuple[list[str], list[str]]:
         flags = on_digits
     elif reason := step("2/3 data", "sh", "prepare_data.sh", PYTHON=python):
         wrong = [f"{dataset} could not be fetched: {reason}, see above"]
-        todo = ["sh prepare_data.sh" if python == OWN else f"PYTHON={shlex.quote(python)} sh prepare_data.sh"]
+        todo = ["sh prepare_data.sh" if python == VENV_PYTHON else f"PYTHON={shlex.quote(python)} sh prepare_data.sh"]
         flags, variables = on_digits, {"FL_DATA_ROOT": ""}  # else the check would ask every mirror once more
     if reason := step("3/3 check", *check, *flags, limit=int(limit), **variables):
         wrong.append(f"NOT VERIFIED: {reason}, see above")
@@ -130,7 +134,7 @@ def main(answers: dict[str, Any]) -> int:
     if sys.stdout:  # it may have to show a path that the terminal cannot
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     wrong: list[str] = []
-    todo, title = BY_HAND, "Nothing is set up, as you wished. By hand (on Windows: in WSL2):"
+    todo, title = MANUAL_STEPS, "Nothing is set up, as you wished. By hand (on Windows: in WSL2):"
     if answers["setup"] == "full" and os.name == "posix":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup

@@ -44,8 +44,10 @@ class Project:
 
     def index(self, address: str, answer_s: float = 5) -> None:
         """Put another address in the place of PyTorch's index."""
-        assert self.script.count(f'"{INDEX}"') == self.script.count("\nANSWER_S = 5 ") == 1
-        script = self.script.replace(INDEX, address).replace("\nANSWER_S = 5 ", f"\nANSWER_S = {answer_s} ")
+        assert self.script.count(f'"{INDEX}"') == self.script.count("\nINDEX_TIMEOUT_S = 5 ") == 1
+        script = self.script.replace(INDEX, address).replace(
+            "\nINDEX_TIMEOUT_S = 5 ", f"\nINDEX_TIMEOUT_S = {answer_s} "
+        )
         (self.path / "install.py").write_text(script, encoding="utf-8")
 
     def require(self, *requirements: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from template import ANSWERS, PROJECT, TEMPLATE, as_typed, command, surroundings
 
 HOOK = TEMPLATE / "hooks" / "post_gen_project.py"
-OWN = ".venv/bin/python"
+VENV_PYTHON = ".venv/bin/python"
 DEFAULTS = {
     "project_name": "Eyes",
     "project_slug": "eyes",
@@ -50,8 +50,8 @@ class Hook:
         self.commands.append(line)
         self.options[line] = options
         if line == INSTALL and self.makes_venv:
-            Path(OWN).parent.mkdir(parents=True)
-            Path(OWN).touch()
+            Path(VENV_PYTHON).parent.mkdir(parents=True)
+            Path(VENV_PYTHON).touch()
         if self.interrupted_in and line.endswith(self.interrupted_in):
             self.globals["received"].append(True)
             return "interrupted"
@@ -101,9 +101,9 @@ def test_the_projects_own_interpreter_is_used_where_it_has_one(hook):
     hook.makes_venv = True
     code, said = hook()
     assert code == 0
-    assert hook.commands == [PLAN, INSTALL, FETCH, f"{OWN} {CHECK}"]
-    assert hook.options[FETCH] == {"PYTHON": OWN}
-    assert last_commands(said) == [f"cd {Path.cwd()}", f"{OWN} job.py"]
+    assert hook.commands == [PLAN, INSTALL, FETCH, f"{VENV_PYTHON} {CHECK}"]
+    assert hook.options[FETCH] == {"PYTHON": VENV_PYTHON}
+    assert last_commands(said) == [f"cd {Path.cwd()}", f"{VENV_PYTHON} job.py"]
 
 
 def test_the_plan_comes_first_and_each_step_tells_its_time(hook):
@@ -168,7 +168,7 @@ def test_without_an_environment_the_other_steps_are_not_tried(hook):
 def test_data_that_cannot_be_fetched_do_not_stop_the_check(hook, makes_venv):
     hook.fails, hook.makes_venv = {FETCH: "exit code 2"}, makes_venv
     code, said = hook()
-    check = f"{OWN if makes_venv else 'PYTHON'} {CHECK} --dataset digits"  # it would ask every mirror again
+    check = f"{VENV_PYTHON if makes_venv else 'PYTHON'} {CHECK} --dataset digits"  # it would ask every mirror again
     assert code == 0 and hook.commands[-1] == check and hook.options[check]["FL_DATA_ROOT"] == ""
     assert "cifar10 could not be fetched: exit code 2, see above" in said and "NOT VERIFIED" not in said
     assert last_commands(said)[1:] == [FETCH if makes_venv else f"PYTHON={sys.executable} {FETCH}"]
@@ -220,7 +220,7 @@ def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_pa
 def test_the_hook_refuses_the_same_paths_as_the_project(hook):
     code = ast.parse((PROJECT / "federation" / "launch" / "options.py").read_text(encoding="utf-8"))
     rules = {ast.unparse(node.targets[0]): node.value for node in code.body if isinstance(node, ast.Assign)}
-    assert hook.globals["UNFIT"] == ast.literal_eval(rules["UNFIT"])
+    assert hook.globals["UNSUPPORTED_PATH"] == ast.literal_eval(rules["UNSUPPORTED_PATH"])
 
 
 def test_nothing_at_all_is_done_for_a_comparison(hook, monkeypatch):

@@ -20,9 +20,9 @@ if sys.version_info < (3, 10):  # noqa: UP036 (what follows would end in a trace
 
 PROJECT = Path(__file__).resolve().parent
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
-ANSWER_S = 5  # how long that index may take to answer
-ANSWERS = f"import urllib.request; urllib.request.urlopen('{CPU_WHEELS}/torch/')"
-HAS_ALL = """
+INDEX_TIMEOUT_S = 5  # how long that index may take to answer
+PROBE_INDEX = f"import urllib.request; urllib.request.urlopen('{CPU_WHEELS}/torch/')"
+CHECK_REQUIREMENTS = """
 import importlib.metadata, sys
 from packaging.requirements import Requirement  # several of the requirements bring it along
 for need in map(Requirement, sys.argv[1:]):
@@ -50,7 +50,7 @@ def main() -> None:
         shutil.rmtree(venv, ignore_errors=True)
         venv.unlink(missing_ok=True)  # a file, or a link
     used = sys.executable if is_new and not options.venv else python
-    if runs(used, HAS_ALL, *filter(None, lines)):
+    if runs(used, CHECK_REQUIREMENTS, *filter(None, lines)):
         print(f"{used} has all that is needed")
         return
     uv, linux = shutil.which("uv"), sys.platform == "linux"
@@ -64,8 +64,10 @@ def main() -> None:
     fill = [uv, "pip", "install", "--python", python] if uv else [python, "-m", "pip", "install"]
     fill += ([] if sys.stdout.isatty() else ["--quiet"]) + [word for file in files for word in ("-r", file)]
     if linux and not gpu:
-        print(f"Asking {CPU_WHEELS}/torch/ for PyTorch without CUDA, for at most {ANSWER_S} s", flush=True)
-        if runs(sys.executable, ANSWERS, limit=ANSWER_S):  # in a process, as looking up a name knows no time-out
+        print(f"Asking {CPU_WHEELS}/torch/ for PyTorch without CUDA, for at most {INDEX_TIMEOUT_S} s", flush=True)
+        if runs(
+            sys.executable, PROBE_INDEX, limit=INDEX_TIMEOUT_S
+        ):  # in a process, as looking up a name knows no time-out
             fill = ["env", "UV_TORCH_BACKEND=cpu", *fill] if uv else [*fill, "--extra-index-url", CPU_WHEELS]
         else:
             print("No answer: taking the default one", flush=True)

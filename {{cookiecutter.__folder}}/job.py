@@ -99,7 +99,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
 
     launch = simulator.simulate
     if options.env == "poc":
-        from federation.launch.poc import rehearse as launch
+        from federation.launch.poc import run_poc as launch
     elif options.env == "prod":
         from federation.launch.prod import submit as launch
     sites = options.site_names or list(distribution.sites)
@@ -152,7 +152,7 @@ def export(options: Options, distribution: "Distribution", start: Start) -> None
         run = RunFolder(Path(os.path.relpath(folder)) / (options.name or Path(options.export or "").name))
         run.path.mkdir()
         write_job(options, distribution, start, run, tracking.environment(options.tracking, run))
-        session.address(run.job, options.site_names)
+        session.set_target_sites(run.job, options.site_names)
         try:
             shutil.copytree(run.job, options.export or "")
         except OSError as error:

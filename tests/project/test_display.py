@@ -58,7 +58,7 @@ def record(number, accuracy, rejected=(), **sites):
 
 def screen(overview, now=0.0, width=80):
     console = Console(width=width, height=24, file=io.StringIO(), record=True)
-    console.print(overview.picture(now))
+    console.print(overview.render(now))
     return [line.rstrip() for line in console.export_text().rstrip("\n").split("\n")]
 
 

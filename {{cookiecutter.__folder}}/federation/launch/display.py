@@ -110,7 +110,7 @@ class Overview:
         a_round = (self.ends[-1] - self.ends[0] if self.rounds else passed) / done
         return f"{duration(max(0.0, a_round * todo - passed))} left"
 
-    def picture(self, now: float) -> Group:
+    def render(self, now: float) -> Group:
         """The live view: 2 lines and one per site, or one per phase where there are many sites."""
         done, what, completed = len(self.rounds), "final evaluation", float(self.num_rounds)
         if done < self.num_rounds:
@@ -148,7 +148,7 @@ def follow(run: RunFolder, sites: list[str], num_rounds: int, verbose: bool, fir
         for line in overview.update(rounds, now):
             print(line, flush=True)
         if live:
-            live.update(overview.picture(now), refresh=True)
+            live.update(overview.render(now), refresh=True)
 
     with live or contextlib.nullcontext():
         yield show

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from federation.errors import UserError
 
-NO_MODELS = {*sys.stdlib_module_names, "torch", "torchmetrics", "torchvision", "pytorch_lightning", "lightning"}
+NON_MODEL_PACKAGES = {
+    *sys.stdlib_module_names,
+    "torch",
+    "torchmetrics",
+    "torchvision",
+    "pytorch_lightning",
+    "lightning",
+}
 
 
 def model_names(file: Path) -> list[str]:
@@ -29,7 +36,7 @@ def model_names(file: Path) -> list[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
                 module = getattr(node, "module", None) or alias.name
-                if module.split(".")[0] in NO_MODELS and alias.name != "LightningModule":
+                if module.split(".")[0] in NON_MODEL_PACKAGES and alias.name != "LightningModule":
                     others.add(alias.asname or alias.name.split(".")[0])
         elif isinstance(node, ast.ClassDef):
             bases = [re.split(r"[^\w.]", ast.unparse(base))[0] for base in node.bases]

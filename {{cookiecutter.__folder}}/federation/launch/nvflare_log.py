@@ -5,29 +5,29 @@ from pathlib import Path
 
 from federation.protocol import BACK, LATE
 
-WITHOUT = "the job continues without it, while more than half of the sites are left"
+CONTINUES = "the job continues without it, while more than half of the sites are left"
 DISCONNECTED = r"Client (?P<disconnected>\S+) is deemed disconnected"
 RECONNECTED = r"Client (?P<reconnected>\S+) is reconnected"
-GIVEN_UP = LATE.replace("{}", r"(?P<late>\S+)").replace("{:.0f}", r"\d+")  # this and the next: the heartbeat monitor's
-TAKEN_BACK = BACK.replace("{}", r"(?P<back>\S+)")
-SITE_NEWS = "|".join([DISCONNECTED, RECONNECTED, GIVEN_UP, TAKEN_BACK])
+TIMED_OUT = LATE.replace("{}", r"(?P<late>\S+)").replace("{:.0f}", r"\d+")  # this and the next: the heartbeat monitor's
+RECOVERED = BACK.replace("{}", r"(?P<back>\S+)")
+SITE_EVENTS = "|".join([DISCONNECTED, RECONNECTED, TIMED_OUT, RECOVERED])
 
 
-def tell_of_sites(text: str, late: set[str]) -> None:
+def report_lost_sites(text: str, late: set[str]) -> None:
     """Print which sites are lost or back.
 
     Args:
         text: what the server's log has got since the last call.
         late: those that the heartbeat monitor gave up, kept here; NVFlare calls them lost and back all the time.
     """
-    for found in re.finditer(SITE_NEWS, text):
+    for found in re.finditer(SITE_EVENTS, text):
         kind = found.lastgroup or ""
         site = found[kind]
         if kind == "late":
             late.add(site)
-            print(f"{found[0]}; {WITHOUT}", flush=True)
+            print(f"{found[0]}; {CONTINUES}", flush=True)
         elif kind == "disconnected" and site not in late:
-            print(f"{site} is lost: it does not answer; {WITHOUT}", flush=True)
+            print(f"{site} is lost: it does not answer; {CONTINUES}", flush=True)
         elif kind == "back" or (kind == "reconnected" and site not in late):
             late.discard(site)
             print(f"{site} is back", flush=True)

@@ -20,7 +20,7 @@ from federation.run import folder
 from settings import FIXED, Options
 
 PROJECT = Path(__file__).resolve().parents[2]
-UNFIT = r"[\s'\"\\#]"  # in a project's path: NVFlare's simulator or POC fails, long after its start
+UNSUPPORTED_PATH = r"[\s'\"\\#]"  # in a project's path: NVFlare's simulator or POC fails, long after its start
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run or a site
 MAX_NAME = 100  # letters of a run's name: files that are named after it have more of them
 RULES = {each.name: each.metadata for each in fields(Options)}
@@ -140,7 +140,7 @@ def _check(options: Options, given: set[str], start: Start) -> None:
     if options.model_class not in (known := model_names(PROJECT / "model.py")):
         raise UserError(f"--model is {options.model_class!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     _check_name(options)
-    if re.search(UNFIT, str(PROJECT)):
+    if re.search(UNSUPPORTED_PATH, str(PROJECT)):
         what = f"a folder whose path has spaces, quotes, \\ or #: move the project out of {str(PROJECT)!r}"
         raise UserError(f"NVFlare cannot run in {what}")
     own_roots = "{site}" in (options.data_root or "")

@@ -15,7 +15,7 @@ from nvflare.tool.poc.poc_commands import get_prod_dir, prepare_poc_provision
 
 from federation.errors import RunError
 from federation.launch.display import Follow
-from federation.launch.nvflare_log import root_cause, tell_of_sites
+from federation.launch.nvflare_log import report_lost_sites, root_cause
 from federation.launch.session import COMPLETED, Server
 from federation.launch.watchdog import guard
 from federation.run.folder import PROJECT, RunFolder
@@ -24,10 +24,10 @@ from settings import Options
 PROVISION = PROJECT / "deploy" / "project.yml"
 POC_SERVER = "localhost"  # NVFlare's server listens where its name leads to: to this machine, and to nobody else
 POC_ADMIN = "admin@nvidia.com"  # the name that NVFlare's POC gives to whoever submits
-POC_WAIT_S = 60.0  # for its server to answer and its sites to connect
+POC_TIMEOUT_S = 60.0  # for its server to answer and its sites to connect
 
 
-def rehearse(run: RunFolder, options: Options, environment: dict[str, str], follow: Follow) -> None:
+def run_poc(run: RunFolder, options: Options, environment: dict[str, str], follow: Follow) -> None:
     """Run the job in an NVFlare POC of its own, with the arguments of `simulate`.
 
     Server and sites have keys and certificates of their own, talk over mutual TLS, and meet at a free port, so that
@@ -47,9 +47,9 @@ def rehearse(run: RunFolder, options: Options, environment: dict[str, str], foll
         if died := [name for name, process in processes.items() if process.poll() is not None]:
             raise RunError(f"{', '.join(died)} died: its process is gone")
 
-    def look() -> None:
+    def poll() -> None:
         new = log.read()
-        tell_of_sites(new, late)
+        report_lost_sites(new, late)
         follow(new, run.rounds())
 
     with (
@@ -67,13 +67,13 @@ def rehearse(run: RunFolder, options: Options, environment: dict[str, str], foll
                     variables["CUDA_VISIBLE_DEVICES"] = str((number - 1) % gpus)
             processes[name] = _start(kit, stream, {**environment, **variables})
             started(processes[name].pid)
-        with contextlib.closing(Server(run, kits / POC_ADMIN, POC_ADMIN, POC_WAIT_S, stop_if_one_died)) as server:
+        with contextlib.closing(Server(run, kits / POC_ADMIN, POC_ADMIN, POC_TIMEOUT_S, stop_if_one_died)) as server:
             job_id = server.submit(sites)
             _link(run.server, kits / POC_SERVER / job_id)
             for site in sites:
                 _link(run.progress(site).parent, kits / site / job_id)
                 _link(run.site_log(site), kits / site / job_id / "log.txt")
-            status = server.watch(job_id, look)
+            status = server.wait_for_job(job_id, poll)
             if status != COMPLETED:
                 raise RunError(root_cause(run.workspace) or f"NVFlare ended the job with {status}")
             server.collect(job_id)

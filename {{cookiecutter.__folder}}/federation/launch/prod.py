@@ -7,7 +7,7 @@ from typing import Any
 
 from federation.errors import RunError
 from federation.launch.display import Follow
-from federation.launch.nvflare_log import failed_sites, started_rounds, tell_of_sites
+from federation.launch.nvflare_log import failed_sites, report_lost_sites, started_rounds
 from federation.launch.session import COMPLETED, Server
 from federation.protocol import EVALUATION
 from federation.run.folder import RunFolder
@@ -27,13 +27,13 @@ def submit(run: RunFolder, options: Options, environment: dict[str, str], follow
     late: set[str] = set()
     rounds: list[dict[str, Any]] = []  # as the server records them, but without metrics; the last one is running
 
-    def look() -> None:
+    def poll() -> None:
         new = server.new_log(job_id)
         if new is None:
             return
         with run.log.open("a", encoding="utf-8") as stream:
             stream.write(new)
-        tell_of_sites(new, late)
+        report_lost_sites(new, late)
         rounds.extend({"round": number, "metrics": {}, "sites": {}} for number in started_rounds(new))
         follow(new, rounds[:-1])
 
@@ -41,7 +41,7 @@ def submit(run: RunFolder, options: Options, environment: dict[str, str], follow
         job_id = server.submit(options.site_names)
         try:
             print(f"the server has the job, {job_id}; Ctrl-C stops it", flush=True)
-            status = server.watch(job_id, look)
+            status = server.wait_for_job(job_id, poll)
         except BaseException:
             with contextlib.suppress(Exception):
                 server.session.abort_job(job_id)

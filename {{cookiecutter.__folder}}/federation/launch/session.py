@@ -16,10 +16,10 @@ from federation.errors import RunError
 from federation.protocol import write_json
 from federation.run.folder import RunFolder
 
-LOGIN_S = 5.0  # for one attempt to reach the server
+LOGIN_TIMEOUT_S = 5.0  # for one attempt to reach the server
 POLL_S = 1.0
 COMPLETED = "FINISHED:COMPLETED"
-LOST = (api_spec.NoConnection, api_spec.NoReply, api_spec.SessionClosed, api_spec.SessionExpired)
+CONNECTION_ERRORS = (api_spec.NoConnection, api_spec.NoReply, api_spec.SessionClosed, api_spec.SessionExpired)
 
 
 class Server:
@@ -41,7 +41,7 @@ class Server:
     ):
         self.run, self.kit, self.username, self.patience, self.check = run, kit, username, patience, check
         self.session: Session = None  # until it has logged in
-        self.was_away, self.may_see_log = False, True
+        self.reconnected, self.may_see_log = False, True
         self.log_position = 0  # in bytes
         logging.getLogger().addHandler(logging.FileHandler(run.log))
         for _ in self._attempts():
@@ -63,7 +63,7 @@ class Server:
     def _log_in(self) -> None:
         try:
             with contextlib.redirect_stdout(None):  # "Connecting to FLARE ..."
-                self.session = new_secure_session(self.username, str(self.kit), timeout=LOGIN_S)
+                self.session = new_secure_session(self.username, str(self.kit), timeout=LOGIN_TIMEOUT_S)
         except (api_spec.AuthenticationError, api_spec.AuthorizationError) as error:
             raise RunError(f"the server refuses {self.username}: {error}") from None
 
@@ -72,11 +72,11 @@ class Server:
         for first in self._attempts():
             try:
                 if not first:
-                    self.was_away = True
+                    self.reconnected = True
                     self.close()
                     self._log_in()
                 return getattr(self.session, command)(*arguments)
-            except LOST as error:
+            except CONNECTION_ERRORS as error:
                 reason = str(error)
             if first:
                 print(f"the server does not answer; waiting up to {self.patience:.0f} s", flush=True)
@@ -88,7 +88,7 @@ class Server:
         Raises:
             RunError: some did not come, and it says which; or the user may not submit it.
         """
-        address(self.run.job, sites)
+        set_target_sites(self.run.job, sites)
         names, limit = "", f"{self.patience:.0f} s"
         for first in self._attempts():
             names = ", ".join(sorted(set(sites) - {client.name for client in self.ask("get_connected_client_list")}))
@@ -103,8 +103,8 @@ class Server:
         except api_spec.AuthorizationError:
             raise RunError(f"{self.username} has no right to submit a job with code of its own") from None
 
-    def watch(self, job_id: str, look: Callable[[], None]) -> str:
-        """Call `look` about once a second until the job has ended, and return its status.
+    def wait_for_job(self, job_id: str, poll: Callable[[], None]) -> str:
+        """Call `poll` about once a second until the job has ended, and return its status.
 
         Raises:
             RunError: the server was restarted. NVFlare then keeps the job's status, but runs it no more.
@@ -112,10 +112,10 @@ class Server:
         started = self.ask("get_system_info").server_info.start_time
         while True:
             status = self.ask("get_job_meta", job_id)["status"]
-            look()
-            if self.was_away and self.ask("get_system_info").server_info.start_time != started:
+            poll()
+            if self.reconnected and self.ask("get_system_info").server_info.start_time != started:
                 raise RunError(f"the server was restarted, which ended the job {job_id}: submit it again")
-            self.was_away = False
+            self.reconnected = False
             if status.startswith("FINISHED"):
                 return status
             self.check()
@@ -157,7 +157,7 @@ class Server:
             self.session.close()
 
 
-def address(job: Path, sites: list[str]) -> None:
+def set_target_sites(job: Path, sites: list[str]) -> None:
     """Send an exported job to these sites and no others, and continue without one while more than half are there.
 
     NVFlare's recipe sends it to whoever is connected, and chooses among them at random.

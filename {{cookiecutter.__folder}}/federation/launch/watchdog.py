@@ -64,7 +64,7 @@ def clean_up(roots: list[psutil.Process], folder: Path, poc: Path) -> None:
     Then remove a POC's keys; its logs and what was written for the job stay.
     """
     found: set[psutil.Process] = set()
-    while new := set(_to_end(roots, folder)) - found:
+    while new := set(_find_processes(roots, folder)) - found:
         for process in new:
             with contextlib.suppress(psutil.Error):
                 process.suspend()  # so that it starts no other; what it has started since is found by the next pass
@@ -82,7 +82,7 @@ def clean_up(roots: list[psutil.Process], folder: Path, poc: Path) -> None:
             shutil.rmtree(secret, ignore_errors=True)
 
 
-def _to_end(roots: list[psutil.Process], folder: Path) -> Iterator[psutil.Process]:
+def _find_processes(roots: list[psutil.Process], folder: Path) -> Iterator[psutil.Process]:
     for root in roots:
         with contextlib.suppress(psutil.Error):
             if root.is_running():  # and its ID has not passed to another one
