@@ -31,7 +31,9 @@ def files_of(folder: Path) -> list[str]:
 
 def is_rendered(name: str) -> bool:
     """Whether a project file may depend on the answers. All others are the same in every project."""
-    return name in ("settings.py", "README.md", "pyproject.toml") or name.startswith("deploy/")
+    return name in ("settings.py", "README.md", "pyproject.toml") or (
+        name.startswith("deploy/") and not name.endswith(".py")
+    )
 
 
 def as_typed(name: str) -> str:
