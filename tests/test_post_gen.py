@@ -85,7 +85,7 @@ def test_skip_starts_nothing_and_prints_the_commands_for_each_step(hook):
         f"cd {Path.cwd()}",
         "python3 install.py",
         "sh prepare_data.sh",
-        ".venv/bin/python job.py --check  # python3, where no .venv was needed",
+        ".venv/bin/python job.py --check  # python3 if no .venv",
     ]
 
 
@@ -137,7 +137,7 @@ def test_a_limit_that_is_no_number_is_told_before_anything_starts(hook, monkeypa
     monkeypatch.setenv("FL_CHECK_TIMEOUT", "soon")
     code, said = hook()
     assert code == 0 and hook.commands == []
-    assert "NOT VERIFIED: FL_CHECK_TIMEOUT is a whole number of seconds, not 'soon'" in said
+    assert "NOT VERIFIED: FL_CHECK_TIMEOUT must be a whole number of seconds, not 'soon'" in said
 
 
 def test_for_digits_nothing_is_fetched(hook):
@@ -160,7 +160,7 @@ def test_without_an_environment_the_other_steps_are_not_tried(hook):
     hook.fails = {"install.py": "exit code 1"}
     code, said = hook()
     assert code == 0 and hook.commands == [PLAN, INSTALL]
-    assert "NOT VERIFIED: there is no environment: exit code 1, see above" in said
+    assert "NOT VERIFIED: the environment was not set up: exit code 1, see above" in said
     assert last_commands(said) == last_commands(hook(setup="skip")[1])
 
 
@@ -213,7 +213,7 @@ def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path / name)
     code, said = hook()
     assert code == 0 and hook.commands == []
-    assert "NOT VERIFIED: NVFlare cannot run in a folder whose path has spaces, quotes, \\ or #" in said
+    assert "NOT VERIFIED: NVFlare does not run in paths with spaces, quotes, \\ or #\nMove the project first." in said
     assert f"  cd {shlex.quote(str(Path.cwd()))}" in said
 
 
@@ -398,6 +398,6 @@ def test_a_check_that_hangs_is_ended(start, tmp_path):
     process = start(project_slug="eyes", variables={"WAIT_IN": "--check", "FL_CHECK_TIMEOUT": "1"})
     said = process.communicate()[0]
     assert process.returncode == 0 and "waiting" in said
-    assert "NOT VERIFIED: not done after 1 s" in said
+    assert "NOT VERIFIED: timed out after 1 s" in said
     pids = (tmp_path / "pids").read_text(encoding="utf-8").split()
     assert len(pids) == 2 and not any(is_running(int(pid)) for pid in pids)

@@ -56,8 +56,8 @@ def test_the_default_answers_are_accepted(bake):
 @pytest.mark.parametrize(
     ("question", "answer", "allowed"),
     [
-        ("project_name", "", "not empty"),
-        ("project_name", "   ", "not empty"),
+        ("project_name", "", "non-empty"),
+        ("project_name", "   ", "non-empty"),
         ("project_name", "two\nlines", "control characters"),
         ("project_name", "bell\a", "control characters"),
         ("project_slug", "Eyes", "a-z, 0-9"),
