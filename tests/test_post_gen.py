@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from template import ANSWERS, PROJECT, TEMPLATE, as_typed, command, surroundings
+from template import ANSWERS, PROJECT, QUESTIONS, TEMPLATE, as_typed, command, surroundings
 
 HOOK = TEMPLATE / "hooks" / "post_gen_project.py"
 VENV_PYTHON = ".venv/bin/python"
@@ -120,6 +120,17 @@ def test_the_plan_comes_first_and_each_step_tells_its_time(hook):
 def test_the_plan_says_how_much_is_downloaded_as_the_question_does(hook, dataset, size):
     assert f"2. data: {dataset}, {size}" in hook(dataset=dataset)[1]
     assert size in ANSWERS["__prompts__"]["dataset"][dataset]
+
+
+@pytest.mark.parametrize("setup", ["full", "skip"])
+@pytest.mark.parametrize("fails", ["nothing", "install.py", FETCH, CHECK])
+@pytest.mark.parametrize("dataset", QUESTIONS["dataset"])
+def test_the_output_fits_80_columns_except_for_paths(hook, dataset, fails, setup):
+    hook.makes_venv, hook.fails = True, {fails: "exit code 1"}
+    said = hook(dataset=dataset, setup=setup)[1]
+    said = said.replace("1. environment: ", "\n")  # the plan follows, which is not run here
+    said = said.replace(str(Path.cwd()), "eyes").replace(sys.executable, "python3")
+    assert [line for line in said.splitlines() if len(line) > 80] == []
 
 
 def test_the_plan_says_how_long_data_and_check_may_take_and_how_to_set_it(hook, monkeypatch):
