@@ -84,13 +84,13 @@ ADD = "pip install --python .venv/bin/python --quiet"
 
 def test_a_python_that_has_all_is_used_and_nothing_is_made(project):
     project.require("pytest>=8  # a comment", "", "# another", "hypothesis>=6,<1000")
-    assert project.install() == (0, f"{sys.executable} has all that is needed\n")
+    assert project.install() == (0, f"{sys.executable} has all required packages\n")
     assert not project.venv.exists() and project.asked_of_uv() == []
 
 
 def test_uv_makes_the_environment_where_it_is_on_the_path(project):
     code, said = project.install()
-    assert code == 0 and said.endswith(f"{project.venv}/bin/python has all that is needed\n"), said
+    assert code == 0 and said.endswith(f"{project.venv}/bin/python has all required packages\n"), said
     assert project.asked_of_uv() == [MAKE, f"{ADD} -r ./requirements.txt"]
 
 
@@ -103,7 +103,7 @@ def test_a_venv_that_lacks_something_is_completed(project):
 def test_a_venv_that_has_all_is_left_alone(project):
     mine = project.make_venv()
     project.require("pytest>=8")
-    assert project.install() == (0, f"{project.venv}/bin/python has all that is needed\n")
+    assert project.install() == (0, f"{project.venv}/bin/python has all required packages\n")
     assert project.asked_of_uv() == [] and mine.exists()
 
 
@@ -141,7 +141,7 @@ def test_a_folder_that_is_no_environment_is_never_removed(project):
     (project.path / "mine").mkdir()
     (project.path / "mine" / "thesis.tex").touch()
     code, said = project.install("--venv", "mine")
-    assert (code, said.count("\n")) == (1, 1) and "is no virtual environment" in said
+    assert (code, said.count("\n")) == (1, 1) and "is not a virtual environment" in said
     assert (project.path / "mine" / "thesis.tex").exists() and project.asked_of_uv() == []
 
 
@@ -196,15 +196,15 @@ def test_ctrl_c_leaves_nothing_half_made(project):
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("nothing", "make .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
-        ("no uv", "make .venv with pip, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
-        ("gpu", "make .venv with uv, about 6 GB\n"),
+        ("nothing", "create .venv with uv, about 1.5 GB (6 GB without CPU wheels)\n"),
+        ("no uv", "create .venv with pip, about 1.5 GB (6 GB without CPU wheels)\n"),
+        ("gpu", "create .venv with uv, about 6 GB\n"),
         (
             "incomplete",
-            "complete .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n",
+            "update .venv with uv, about 1.5 GB (6 GB without CPU wheels)\n",
         ),
-        ("broken", "make .venv with uv, about 1.5 GB, or about 6 GB where PyTorch without CUDA cannot be had\n"),
-        ("all is there", f"{sys.executable} has all that is needed\n"),
+        ("broken", "create .venv with uv, about 1.5 GB (6 GB without CPU wheels)\n"),
+        ("all is there", f"{sys.executable} has all required packages\n"),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the sizes are Linux's")
@@ -217,6 +217,7 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(project, state, said):
     elif state == "all is there":
         project.venv.touch()
         project.require("pytest>=8")
+    assert state == "all is there" or len(f"  1. environment: {said.rstrip()}") <= 80  # as the template's hook prints it
     before = sorted(project.path.rglob("*"))
     assert project.install("--plan", *(["--gpu"] if state == "gpu" else []), **variables) == (0, said)
     assert sorted(project.path.rglob("*")) == before and project.asked_of_uv() == []
@@ -243,7 +244,7 @@ def test_a_python_has_all_if_it_meets_each_requirement(project, tmp_path, lackin
     met = ["has_29>=2.9,<2.10", "has-29~=2.9", "Has.29", "has_214>=2.4", "has_214==2.14.1", "has_30>=2", "has_4>=4.0"]
     project.require(*met, lacking)
     code, said = project.install("--plan", PYTHONPATH=str(tmp_path / "packages"))
-    assert (code, said == f"{sys.executable} has all that is needed\n") == (0, not lacking)
+    assert (code, said == f"{sys.executable} has all required packages\n") == (0, not lacking)
 
 
 def test_every_requirement_of_the_project_is_understood(project, tmp_path):
@@ -254,14 +255,14 @@ def test_every_requirement_of_the_project_is_understood(project, tmp_path):
     for name, _, bounds in (line.partition(">=") for line in lines if line):
         pretend_installed(tmp_path / "packages", name.replace("-", "_"), bounds.partition(",")[0])
     code, said = project.install("--plan", PYTHONPATH=str(tmp_path / "packages"))
-    assert (code, said) == (0, f"{sys.executable} has all that is needed\n")
+    assert (code, said) == (0, f"{sys.executable} has all required packages\n")
 
 
 def test_a_python_that_is_too_old_is_told_in_one_line(project):
     program = "import runpy, sys; sys.version_info = (3, 9); runpy.run_path('install.py', run_name='__main__')"
     code, said = run([sys.executable, "-c", program], project.path, project.variables)
     assert code == 1 and len(said.splitlines()) == 1
-    assert said.startswith("install.py: Python 3.10 or newer is needed")
+    assert said.startswith("install.py: needs Python 3.10 or newer")
 
 
 def test_without_a_venv_module_nothing_is_left(project, tmp_path):
@@ -313,7 +314,7 @@ def test_uv_takes_pytorch_without_cuda_where_the_index_of_cpu_wheels_answers(pro
     (tmp_path / "index" / "torch").mkdir(parents=True)
     project.index(index)
     code, said = project.install()
-    assert code == 0 and f"Asking {index}/torch/" in said and "for at most 5 s" in said, said
+    assert code == 0 and f"CPU-only PyTorch: trying {index}/torch/ (max 5 s)" in said, said
     assert project.asked_of_uv() == [MAKE, f"PyTorch for cpu: {ADD} -r ./requirements.txt"]
 
 
@@ -338,7 +339,7 @@ def test_the_default_pytorch_is_taken_where_that_index_does_not_answer_or_is_not
     assert code == 0 and "Traceback" not in said, said
     assert project.asked_of_uv() == [MAKE, f"{ADD} -r ./requirements.txt"]
     asks = sys.platform == "linux" and why in ("refused", "not found", "silent", "no HTTP")
-    assert ("Asking" in said, "No answer: taking the default one" in said) == (asks, asks)
+    assert ("trying" in said, "No answer: using the default build" in said) == (asks, asks)
 
 
 def test_the_templates_make_uses_it(project, tmp_path):

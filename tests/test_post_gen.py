@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from template import ANSWERS, PROJECT, TEMPLATE, as_typed, command, surroundings
+from template import ANSWERS, PROJECT, QUESTIONS, TEMPLATE, as_typed, command, surroundings
 
 HOOK = TEMPLATE / "hooks" / "post_gen_project.py"
 VENV_PYTHON = ".venv/bin/python"
@@ -85,7 +85,7 @@ def test_skip_starts_nothing_and_prints_the_commands_for_each_step(hook):
         f"cd {Path.cwd()}",
         "python3 install.py",
         "sh prepare_data.sh",
-        ".venv/bin/python job.py --check  # python3, where no .venv was needed",
+        ".venv/bin/python job.py --check  # python3 if no .venv",
     ]
 
 
@@ -122,6 +122,17 @@ def test_the_plan_says_how_much_is_downloaded_as_the_question_does(hook, dataset
     assert size in ANSWERS["__prompts__"]["dataset"][dataset]
 
 
+@pytest.mark.parametrize("setup", ["full", "skip"])
+@pytest.mark.parametrize("fails", ["nothing", "install.py", FETCH, CHECK])
+@pytest.mark.parametrize("dataset", QUESTIONS["dataset"])
+def test_the_output_fits_80_columns_except_for_paths(hook, dataset, fails, setup):
+    hook.makes_venv, hook.fails = True, {fails: "exit code 1"}
+    said = hook(dataset=dataset, setup=setup)[1]
+    said = said.replace("1. environment: ", "\n")  # the plan follows, which is not run here
+    said = said.replace(str(Path.cwd()), "eyes").replace(sys.executable, "python3")
+    assert [line for line in said.splitlines() if len(line) > 80] == []
+
+
 def test_the_plan_says_how_long_data_and_check_may_take_and_how_to_set_it(hook, monkeypatch):
     said = hook()[1]
     assert "at most 600 s (FL_DATA_TIMEOUT)" in said and "at most 300 s (FL_CHECK_TIMEOUT)" in said
@@ -137,7 +148,7 @@ def test_a_limit_that_is_no_number_is_told_before_anything_starts(hook, monkeypa
     monkeypatch.setenv("FL_CHECK_TIMEOUT", "soon")
     code, said = hook()
     assert code == 0 and hook.commands == []
-    assert "NOT VERIFIED: FL_CHECK_TIMEOUT is a whole number of seconds, not 'soon'" in said
+    assert "NOT VERIFIED: FL_CHECK_TIMEOUT must be a whole number of seconds, not 'soon'" in said
 
 
 def test_for_digits_nothing_is_fetched(hook):
@@ -160,7 +171,7 @@ def test_without_an_environment_the_other_steps_are_not_tried(hook):
     hook.fails = {"install.py": "exit code 1"}
     code, said = hook()
     assert code == 0 and hook.commands == [PLAN, INSTALL]
-    assert "NOT VERIFIED: there is no environment: exit code 1, see above" in said
+    assert "NOT VERIFIED: the environment was not set up: exit code 1, see above" in said
     assert last_commands(said) == last_commands(hook(setup="skip")[1])
 
 
@@ -213,7 +224,7 @@ def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path / name)
     code, said = hook()
     assert code == 0 and hook.commands == []
-    assert "NOT VERIFIED: NVFlare cannot run in a folder whose path has spaces, quotes, \\ or #" in said
+    assert "NOT VERIFIED: NVFlare does not run in paths with spaces, quotes, \\ or #\nMove the project first." in said
     assert f"  cd {shlex.quote(str(Path.cwd()))}" in said
 
 
@@ -398,6 +409,6 @@ def test_a_check_that_hangs_is_ended(start, tmp_path):
     process = start(project_slug="eyes", variables={"WAIT_IN": "--check", "FL_CHECK_TIMEOUT": "1"})
     said = process.communicate()[0]
     assert process.returncode == 0 and "waiting" in said
-    assert "NOT VERIFIED: not done after 1 s" in said
+    assert "NOT VERIFIED: timed out after 1 s" in said
     pids = (tmp_path / "pids").read_text(encoding="utf-8").split()
     assert len(pids) == 2 and not any(is_running(int(pid)) for pid in pids)

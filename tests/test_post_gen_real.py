@@ -51,8 +51,8 @@ def test_offline_without_the_packages_says_why_and_keeps_the_project(offline, tm
     (project / "settings.py").write_text("class Options:\n    gpu = False\n", encoding="utf-8")
     code, said = offline(str(bare / "bin" / "python"), str(hook), cwd=project, PATH="/usr/bin:/bin", PIP_RETRIES="0")
     assert code == 0, said
-    assert "No answer: taking the default one" in said
-    assert "NOT VERIFIED: there is no environment: exit code 1, see above" in said
+    assert "No answer: using the default build" in said
+    assert "NOT VERIFIED: the environment was not set up: exit code 1, see above" in said
     assert not (project / ".venv").exists() and (project / "job.py").exists()
     assert "2/3" not in said
 

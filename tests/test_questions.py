@@ -6,6 +6,9 @@ import sys
 
 import pytest
 from cookiecutter.exceptions import FailedHookException
+from cookiecutter.generate import generate_context
+from cookiecutter.prompt import prompt_for_config
+from rich.console import Console
 
 from template import ANSWERS, QUESTIONS, TEMPLATE, checked
 
@@ -49,6 +52,21 @@ def test_a_question_is_a_sentence_and_each_of_its_choices_has_a_label(question):
         assert " " in prompt
 
 
+def test_the_prompts_fit_80_columns(monkeypatch, capsys):
+    """With the choices' numbers and the defaults, as cookiecutter prints them."""
+    monkeypatch.setattr("rich._console", Console(width=1000))
+    monkeypatch.setattr("builtins.input", lambda: print() or "")  # Enter: take the default
+    prompt_for_config(generate_context(str(TEMPLATE / "cookiecutter.json")))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert len([line for line in lines if re.match(r" *\[\d/\d\]", line)]) == len(QUESTIONS)
+    assert [line for line in lines if len(line) > 80] == []
+
+
+def test_a_rejected_answer_fits_80_columns(faults):
+    bad = {"project_name": "two\nlines", "project_slug": "Eyes", "num_clients": "1001", "rounds": "10001"}
+    assert [line for line in faults(bad) if len(line) > 80] == []
+
+
 def test_the_default_answers_are_accepted(bake):
     assert "settings.py" in bake(hooks=True).files()
 
@@ -56,8 +74,8 @@ def test_the_default_answers_are_accepted(bake):
 @pytest.mark.parametrize(
     ("question", "answer", "allowed"),
     [
-        ("project_name", "", "not empty"),
-        ("project_name", "   ", "not empty"),
+        ("project_name", "", "non-empty"),
+        ("project_name", "   ", "non-empty"),
         ("project_name", "two\nlines", "control characters"),
         ("project_name", "bell\a", "control characters"),
         ("project_slug", "Eyes", "a-z, 0-9"),

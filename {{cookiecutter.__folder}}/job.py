@@ -3,7 +3,7 @@
 Options -> data -> recipe -> simulator, POC or sites -> `runs/<name>/` with the final model and `results.json`.
 """
 
-import federation.launch.packages  # noqa: F401 (first: without them, nothing below works)
+import federation.launch.packages  # noqa: F401 (first: checks that the packages below are installed)
 
 # isort: split
 import dataclasses
@@ -23,7 +23,7 @@ from federation.protocol import write_json
 from federation.run.folder import RunFolder
 from settings import ALGORITHMS, Options
 
-if TYPE_CHECKING:  # Lightning takes seconds
+if TYPE_CHECKING:  # importing Lightning takes seconds
     from federation.launch.distribution import Distribution
 
 STARTED = time.monotonic()
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def get_data(options: Options) -> "Distribution":
-    """Fetch and convert what is missing, find out which images each site has, and set `options.classes`."""
+    """Download and convert missing data, assign images to sites, and set `options.classes`."""
     from federation.launch import distribution
 
     if options.env == "prod":  # the images are at the sites
@@ -60,7 +60,7 @@ def get_data(options: Options) -> "Distribution":
 
 
 def federate(options: Options, distribution: "Distribution", start: Start, run: RunFolder) -> dict[str, Any]:
-    """Run the federation and return its result, which is in `results.json` too.
+    """Run the federation and return its result, also written to `results.json`.
 
     Raises:
         RunError: a site failed.
@@ -72,27 +72,27 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     from federation.launch.nvflare_log import root_cause
     from federation.run import outcome, schema
 
-    torch.set_num_threads(1)  # this process and the server do little: the cores are the clients'
+    torch.set_num_threads(1)  # this process and the server do little: leave the cores to the clients
     has_gpu = torch.cuda.is_available()
     if has_gpu and not options.gpu:
-        print("A GPU is present but not used: --gpu switches it on")
+        print("A GPU is available but not used: turn it on with --gpu")
     if options.gpu and not has_gpu:
-        print("WARNING: --gpu was given, but there is no CUDA GPU here: training on the CPU")
-    if options.env != "prod":  # the same bits need the same number, so that a user may set it
+        print("WARNING: --gpu was given, but no CUDA GPU is available: training on the CPU")
+    if options.env != "prod":  # the exact result depends on it, so a user can set it
         threads = os.environ.get("OMP_NUM_THREADS") or simulator.threads_per_client(options.n_clients)
         options.threads = int(threads)
     try:
         write_json(run.partition, dataclasses.asdict(distribution))
         environment = tracking.environment(options.tracking, run)
         write_job(options, distribution, start, run, environment)
-    except BaseException:  # nothing has run: nothing is lost, and the name is free again
+    except BaseException:  # nothing has run, so free the name again
         shutil.rmtree(run.path)
         raise
     if distribution.counts:
         results.show_distribution(distribution.counts)
     print(
         f"\nrun {run.path}: {ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, "
-        f"rounds: {options.num_rounds}, log: {run.log}"
+        f"rounds: {options.num_rounds}\nlog: {run.log}"
     )
     if start.run:
         print(start.note(options))
@@ -113,10 +113,10 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
         raise RunError(outcome.failure(run, error, bool(root_cause(run.workspace)))) from None
     finally:
         tracking.collect(options.tracking, run)
-    shared = collected.pop("counts")  # real sites: each decides whether it tells
+    shared = collected.pop("counts")  # each real site decides whether to share them
     device = torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu"
     result = schema.compose(options, collected, device, time.monotonic() - STARTED, start.resumed, start.stages)
-    try:  # before anything is printed: whatever goes wrong with that, the result is there
+    try:  # before printing anything, so that no output error can lose the result
         write_json(run.results, result, indent=2)
         if shared:
             write_json(run.partition, dataclasses.asdict(dataclasses.replace(distribution, counts=shared)))
@@ -127,14 +127,14 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     if shared:
         results.show_distribution(shared)
     results.show(result)
-    print(f"{run.results} has all figures, {run.path}/{result['model']} the model")
+    print(f"results: {run.results}, model: {run.path}/{result['model']}")
     return result
 
 
 def write_job(
     options: Options, distribution: "Distribution", start: Start, run: RunFolder, environment: dict[str, str]
 ) -> None:
-    """Write the job, which is all that the server and the sites get, into a run's folder."""
+    """Write the job, which is everything that the server and the sites get, to a run's folder."""
     from federation.launch import recipes, tracking
 
     recipe = recipes.build(options, distribution, start, run)
@@ -143,11 +143,11 @@ def write_job(
 
 
 def export(options: Options, distribution: "Distribution", start: Start) -> None:
-    """Write the job for real sites to `options.export`: what a submission sends, to be reviewed or submitted."""
-    sys.argv = sys.argv[:1]  # NVFlare has an --export of its own, and warns
+    """Write the job for real sites to `options.export`, exactly as it would be submitted, for review or submission."""
+    sys.argv = sys.argv[:1]  # NVFlare has its own --export and would warn
     from federation.launch import session, tracking
 
-    # Not a run, but within the project: NVFlare bundles files only by a relative path.
+    # Not a run, but inside the project: NVFlare bundles only files with a relative path.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=".") as folder:
         run = RunFolder(Path(os.path.relpath(folder)) / (options.name or Path(options.export or "").name))
         run.path.mkdir()
@@ -156,12 +156,12 @@ def export(options: Options, distribution: "Distribution", start: Start) -> None
         try:
             shutil.copytree(run.job, options.export or "")
         except OSError as error:
-            raise UserError(f"--export: {options.export} cannot be written: {error}") from None
-    print(f"{options.export} is the job: submit it with  nvflare job submit -j {options.export} --startup-kit KIT")
+            raise UserError(f"--export: cannot write {options.export}: {error}") from None
+    print(f"Job exported. To submit it:\n  nvflare job submit -j {options.export} --startup-kit KIT")
 
 
 def check(options: Options) -> int:
-    """One short round, on digits where the chosen data is not available, judged by its outcome; the exit code."""
+    """Run and check one short round, on digits if the chosen data is not available; return the exit code."""
     options.n_clients, options.num_rounds, options.local_epochs = min(options.n_clients, 4), 1, 1
     options.total_rounds = 1
     options.max_batches = 4
@@ -181,7 +181,7 @@ def check(options: Options) -> int:
     except (UserError, RunError, OSError) as error:
         print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
         return 1
-    print(f"\nA check trains on {options.max_batches} batches per site: the accuracy above says nothing yet")
+    print(f"\nThe check trains on only {options.max_batches} batches per site: ignore its accuracy")
     print(
         f"CHECK PASSED in {time.monotonic() - STARTED:.0f} s: one round, {options.n_clients} sites, {options.dataset}"
     )

@@ -36,16 +36,16 @@ MADE = {
 }
 REFUSED = {
     "an unknown algorithm": (["--algorithm", "fedsgd"], "Invalid value for '--algorithm': 'fedsgd' is not one of"),
-    "mu without fedprox": (["--fedprox_mu", "0.1"], "--fedprox_mu is a flag of fedprox: --algorithm fedavg has no use"),
+    "mu without fedprox": (["--fedprox_mu", "0.1"], "--fedprox_mu is a flag of fedprox: --algorithm fedavg does not"),
     "mu with scaffold": (["--algorithm", "scaffold", "--fedprox_mu", "1"], "--fedprox_mu is a flag of fedprox"),
     "a server's rate without a server's optimizer": (
         ["--algorithm", "fedprox", "--server_learning_rate", "1"],
-        "--server_learning_rate is a flag of fedopt: --algorithm fedprox has no use for it",
+        "--server_learning_rate is a flag of fedopt: --algorithm fedprox does not use it",
     ),
     "a server's momentum with fedavg": (["--server_momentum", "0.9"], "--server_momentum is a flag of fedopt"),
     "patience with scaffold": (
         ["--algorithm", "scaffold", "--patience", "3"],
-        "--patience is a flag of fedavg and fedprox: --algorithm scaffold has no use for it",
+        "--patience is a flag of fedavg and fedprox: --algorithm scaffold does not use it",
     ),
     "patience with fedopt": (
         ["--algorithm", "fedopt", "--patience", "3"],
@@ -74,7 +74,7 @@ REFUSED = {
     "going on from elsewhere": (["--resume", "/nowhere/first/"], "--resume /nowhere/first/: "),
     "going on with other data": (
         ["--resume", "first", "--dataset", "cifar10"],
-        "--dataset is cifar10, but digits in runs/first: a run is resumed with the data, sites, seed and algorithm",
+        "--dataset is cifar10, but digits in runs/first: a resumed run keeps its data, sites, seed and algorithm",
     ),
     "going on with another partition": (
         ["--resume", "first", "--partition", "shards"],
@@ -86,7 +86,7 @@ REFUSED = {
         ["--resume", "first", "--algorithm", "fedprox"],
         "--algorithm is fedprox, but fedavg in runs/first",
     ),
-    "going on as a check": (["--resume", "first", "--check"], "--check is a run of its own: leave out --resume"),
+    "going on as a check": (["--resume", "first", "--check"], "--check does not resume a run: remove --resume"),
 }
 
 
@@ -373,7 +373,7 @@ def test_the_same_seed_gives_the_same_bits(federations, algorithm, n_clients):
 def test_fewer_processes_than_sites_give_the_same_bits(federations):
     all_at_once = federations.run("--n_clients", "5", "--algorithm", "fedavg")
     two_by_two = federations.run("--n_clients", "5", "--algorithm", "fedavg", "--n_threads", "2")
-    assert "5 sites run 2 at a time, as --n_threads asks for" in two_by_two["screen"]
+    assert "5 sites run 2 at a time (--n_threads); each task starts a process" in two_by_two["screen"]
     assert two_by_two["sha256"] == all_at_once["sha256"]
 
 
@@ -397,7 +397,7 @@ def test_two_rounds_and_two_more_are_four_rounds(federations):
     assert then["resumed"] == {"run": first["name"], "round": 2}
     assert then["rounds"] == at_once["rounds"][2:]
     assert then["sha256"] == at_once["sha256"]
-    assert f"resumes runs/{first['name']} after round 2: the sites' optimizers start afresh" in then["screen"]
+    assert f"resuming runs/{first['name']} after round 2\nthe sites' optimizers start fresh" in then["screen"]
     assert "round 4 of 4 done" in then["screen"]
 
 

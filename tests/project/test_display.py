@@ -204,7 +204,7 @@ def test_a_rejected_answer_is_told_below_its_round(overview):
     reason = "tensor model.fc1.weight is not finite"
     rejected = [{"round": 0, "site": "site-2", "task": "train", "reason": reason}]
     lines = overview().update([record(0, 0.25, rejected, site_1=0.25)], 1.0)
-    assert lines[1:] == [f"site-2: the server rejected its answer: {reason}"]
+    assert lines[1:] == [f"site-2: answer rejected: {reason}"]
 
 
 def test_the_first_rounds_time_comes_from_its_steps(overview, site):

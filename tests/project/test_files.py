@@ -227,5 +227,5 @@ class TestNVFlaresLog:
     def test_names_real_sites_that_failed_or_were_lost(self, write):
         lost = "Client south is deemed disconnected!\nClient north is deemed disconnected!\n"
         assert failed_sites(write("server", "Result from north is bad\n" + lost)) == (
-            "north failed: its own log says why; south was lost"
+            "north failed: see its own log; south was lost"
         )

@@ -38,17 +38,20 @@ BAD_FLAGS = {
     "an unknown flag": (["--rounds", "2"], "No such option"),
     "a flag with a slip": (["--learning_rat", "1"], "--learning_rate"),  # the nearest one is suggested
     "words for a number": (["--n_clients", "two"], "Invalid value for '--n_clients': 'two' is not a valid integer"),
-    "a path for a name": (["--name", "../x"], "--name is '../x': letters, digits"),
-    "a name that is no file's": (["--name", "a" * 101], "--name has 101 letters: it must have 100 or fewer"),
-    "the name of the link": (["--name", "latest"], "--name latest is the link to the newest run: choose another"),
-    "a replaced run without a name": (["--overwrite"], "--overwrite replaces a run: say which with --name"),
+    "a path for a name": (["--name", "../x"], "--name is '../x': use only letters, digits"),
+    "a name that is no file's": (["--name", "a" * 101], "--name has 101 characters: it must have 100 or fewer"),
+    "the name of the link": (
+        ["--name", "latest"],
+        "--name latest is reserved for the link to the newest run: choose another name",
+    ),
+    "a replaced run without a name": (["--overwrite"], "--overwrite replaces a run: name it with --name"),
     "a plan that ends before the run": (
         ["--num_rounds", "5", "--total_rounds", "4"],
-        "--total_rounds is 4: it must be 5 or more, as this run ends there",
+        "--total_rounds is 4: it must be 5 or more, because this run ends there",
     ),
     "images dealt that each site has": (
         ["--data_root", "/nowhere/{site}", "--partition", "iid"],
-        "--partition iid splits one data set, but with {site} each site has its own",
+        "--partition iid splits one data set, but with {site}, each site has its own",
     ),
 }
 
@@ -261,7 +264,7 @@ def test_a_path_in_which_nvflare_cannot_run_is_refused(project, name):
     project.folder = project.folder.rename(project.folder.with_name(name))
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
-    assert re.fullmatch(r"job.py: NVFlare cannot run in a folder whose path has spaces, quotes, .*\n", run.stderr)
+    assert re.fullmatch(r"job.py: NVFlare does not run in paths with spaces, quotes, .*\n", run.stderr)
     assert not (project.folder / "runs").exists()
 
 
@@ -333,7 +336,7 @@ def test_an_export_that_cannot_be_written_is_refused(project, tmp_path, permissi
     flags = ["--env", "prod", "--dataset", "digits", "--export", str(tmp_path / "closed" / "job")]
     run = project.run("job.py", *flags)
     assert run.returncode == 2
-    assert re.fullmatch(r"job.py: --export: .*/job cannot be written: .*\n", run.stderr)
+    assert re.fullmatch(r"job.py: --export: cannot write .*/job: .*\n", run.stderr)
 
 
 OTHERS = """
@@ -379,7 +382,7 @@ def test_a_model_may_derive_from_a_lightning_module_of_elsewhere(with_others):
 def test_a_class_that_turns_out_to_be_no_model_is_refused(with_others):
     run = with_others.run("job.py", "--dataset", "digits", "--model", "NoModel")
     assert (run.returncode, run.stdout) == (2, "")
-    said = "--model is 'NoModel': that class of model.py does not derive from LightningModule"
+    said = "--model is 'NoModel': that class in model.py does not derive from LightningModule"
     assert run.stderr == f"job.py: {said}\n"
     assert not (with_others.folder / "runs").exists()
 
@@ -388,8 +391,8 @@ def test_a_model_file_that_cannot_be_imported_is_refused(with_others):
     (with_others.folder / "elsewhere.py").unlink()
     run = with_others.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
-    said = "model.py cannot be imported (ModuleNotFoundError: No module named 'elsewhere')"
-    assert run.stderr == f"job.py: {said}: see where with  python -c 'import model'\n"
+    said = "cannot import model.py (ModuleNotFoundError: No module named 'elsewhere')"
+    assert run.stderr == f"job.py: {said}: for the traceback, run  python -c 'import model'\n"
     assert not (with_others.folder / "runs").exists()
 
 

@@ -179,7 +179,7 @@ class TestAFederationOfSites:
 
     def test_shows_a_lead_of_the_servers_organization_its_rounds_as_they_end(self, finished, project):
         assert "round 1 of 2 done" in project.screen
-        assert "may not see the server's log" not in project.screen
+        assert "may not read the server's log" not in project.screen
 
     def test_tells_who_holds_what_only_of_a_site_that_opts_in(self, finished, project):
         held = json.loads((project.folder / "runs" / "first" / "partition.json").read_text())
@@ -256,7 +256,7 @@ def test_a_site_whose_data_cannot_be_used_is_named_at_once(finished, federation,
         federation.kill("south")
         federation.start("south", FL_DATA_ROOT=str(images["south"]))
     assert run.returncode == 1
-    assert re.search("south failed: its own log says why|south: its task failed, and its own log says why", run.stderr)
+    assert re.search("south failed: see its own log|south: its task failed, and its own log says why", run.stderr)
     assert "unclear" not in run.stderr + run.stdout  # the reason stays in the site's own log
 
 

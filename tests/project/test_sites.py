@@ -34,20 +34,20 @@ PROD = ["--env", "prod", "--dataset", "digits"]
 BAD_FLAGS = {
     "a kit without sites": (["--startup_kit", "."], "--startup_kit is for real sites: add --env prod"),
     "no kit": (PROD, "--startup_kit DIR is missing"),
-    "a kit that is none": ([*PROD, "--startup_kit", "."], "startup/fed_admin.json is not there"),
+    "a kit that is none": ([*PROD, "--startup_kit", "."], "startup/fed_admin.json does not exist"),
     "images dealt to real sites": ([*PROD, "--partition", "iid"], "real sites have their own: use none"),
     "the sites' images here": ([*PROD, "--data_root", "."], "each site sets its own FL_DATA_ROOT"),
-    "a check of real sites": ([*PROD, "--check"], "leave --env prod out"),
+    "a check of real sites": ([*PROD, "--check"], "remove --env prod"),
     "no classes": (["--env", "prod", "--dataset", "image_folder"], "--classes FILE is missing"),
-    "classes that are not there": ([*PROD, "--classes", "/nowhere"], "there is no file /nowhere"),
+    "classes that are not there": ([*PROD, "--classes", "/nowhere"], "/nowhere does not exist"),
     "an export over something": ([*PROD, "--export", "."], "exists: choose another folder"),
     "a site twice": ([*PROD, "--sites", "a,b,a"], "--sites names a twice"),
-    "a time limit in the simulator": (["--site_timeout", "9"], "--site_timeout is for sites that are processes of"),
+    "a time limit in the simulator": (["--site_timeout", "9"], "--site_timeout has no effect in the simulator"),
     "no time for a round": (
         [*PROD, "--site_timeout", "0"],
         "'--site_timeout': 0.0 is not in the range x>0",
     ),
-    "spaces among sites": ([*PROD, "--sites", "a, b"], "--sites has a name ' b'"),
+    "spaces among sites": ([*PROD, "--sites", "a, b"], "--sites has the name ' b'"),
 }
 
 
@@ -180,7 +180,7 @@ def test_a_site_that_was_given_up_is_named_once_with_the_flag_that_decides(monke
     follow_a_job(monkeypatch, tmp_path, [given_up, flapping, f"INFO - {BACK.format('south')}\n".encode()])
     lines = [line for line in capsys.readouterr().out.splitlines() if "south" in line]
     assert len(lines) == 2
-    assert lines[0].startswith("south has not answered within --site_timeout 30 s; the job continues without it")
+    assert lines[0].startswith("south has not answered within --site_timeout 30 s; continuing without it")
     assert lines[1] == "south is back"
 
 
@@ -363,7 +363,7 @@ def test_a_site_whose_training_hangs_is_given_up_and_may_come_back(project, tmp_
     flags = ["--dataset", "digits", "--n_clients", "3", "--num_rounds", "2", "--name", "hung"]
     run = project.run("job.py", "--env", "poc", *flags, "--site_timeout", "45", SIGNS=str(tmp_path))
     assert run.returncode == 0, run.stderr
-    assert "site-2 has not answered within --site_timeout 45 s; the job continues without it" in run.stdout
+    assert "site-2 has not answered within --site_timeout 45 s; continuing without it" in run.stdout
     assert "site-2 is back" in run.stdout
     result = json.loads((project.folder / "runs" / "hung" / "results.json").read_text())
     assert result["lost"] == []

@@ -49,7 +49,7 @@ def test_a_round_goes_on_without_the_site_whose_answer_cannot_be_used(project):
     run = project.run("job.py", *USUAL, "--name", "one")
     assert run.returncode == 0, run.stderr
     reason = "tensor model.fc3.bias is not finite"
-    assert f"site-3: the server rejected its answer: {reason}\n" in run.stdout
+    assert f"site-3: answer rejected: {reason}\n" in run.stdout
     assert f"WARNING: the server rejected the answer of site-3 in round 2: {reason}\n" in run.stdout
     assert "WARNING: the means after round 1 do not cover site-3\n" in run.stdout
     result = result_of(project, "one")

@@ -1,4 +1,4 @@
-"""What the screen shows while a federation runs: a live view on a terminal, else one line per round."""
+"""Show a running federation: a live view on a terminal, else one line per round."""
 
 import contextlib
 import sys
@@ -15,13 +15,13 @@ from federation.protocol import METRIC, PHASES, STARTING, TRAINING, VALIDATING, 
 from federation.run.folder import RunFolder
 from federation.run.metrics import as_text
 
-MAX_ROWS = 12  # sites with a row of their own; more of them are counted by what they do
-# Called a few times a second: with what NVFlare's log has got since, and the records of all rounds so far.
+MAX_ROWS = 12  # with more sites, there is one row per phase instead of one per site
+# Called a few times per second with the new part of NVFlare's log and the records of all rounds so far.
 Follow = Callable[[str, list[dict[str, Any]]], None]
 
 
 class Site:
-    """What one site does, by its progress file."""
+    """What one site is doing, according to its progress file."""
 
     def __init__(self, progress: JsonLines) -> None:
         self.progress, self.phase = progress, STARTING
@@ -44,27 +44,27 @@ class Site:
 
 
 class Overview:
-    """How far a run has come.
+    """The progress of a run.
 
     Args:
         run: the run's folder.
-        sites: those whose progress can be seen: none, where they are elsewhere.
-        num_rounds: of this run.
-        first_round: how many there were before, in a resumed run.
+        sites: those with a visible progress file: none if they are remote.
+        num_rounds: number of rounds in this run.
+        first_round: number of earlier rounds, if the run is resumed.
     """
 
     def __init__(self, run: RunFolder, sites: list[str], num_rounds: int, first_round: int = 0) -> None:
         self.sites = {site: Site(JsonLines(run.progress(site))) for site in sites}
         self.num_rounds, self.first_round = num_rounds, first_round
         self.rounds: list[dict[str, Any]] = []
-        self.ends: list[float] = []  # when the sites began to work, then when each round ended
+        self.ends: list[float] = []  # when the sites started working, then when each round ended
 
     def update(self, rounds: list[dict[str, Any]], now: float) -> list[str]:
-        """Look again: one line for each round that has ended since, and for each answer in it that was rejected.
+        """Read the sites' progress. Return a line for each new round and for each answer rejected in it.
 
         Args:
             rounds: the server's records of the rounds so far.
-            now: time in seconds.
+            now: current time in seconds.
         """
         for site in self.sites.values():
             site.update()
@@ -78,13 +78,13 @@ class Overview:
             line = [f"{self.name(len(self.rounds))} done in {took}", self.accuracy(), self.time_left(now)]
             lines.append(", ".join(filter(None, line)))  # at most 80 columns
             for answer in record.get("rejected", []):
-                lines.append(f"{answer['site']}: the server rejected its answer: {answer['reason']}")
+                lines.append(f"{answer['site']}: answer rejected: {answer['reason']}")
         return lines
 
     def accuracy(self, site: str | None = None) -> str:
-        """The newest validation accuracy of the global model, at all sites or at one.
+        """The latest validation accuracy of the global model, over all sites or at one.
 
-        The sites validate a global model when the next round begins: it is that of the model before the last round.
+        Sites validate a global model at the start of the next round, so this is the model before the last round.
         """
         if not self.rounds:
             return ""
@@ -98,11 +98,11 @@ class Overview:
         return f"round {self.first_round + number} of {self.first_round + self.num_rounds}"
 
     def fraction(self) -> float:
-        """How much of this round's training the slowest site has done."""
+        """The fraction of this round's training that the slowest site has completed."""
         return min((site.step / site.steps if site.steps else 0.0 for site in self.sites.values()), default=0.0)
 
     def time_left(self, now: float) -> str:
-        """An estimate from the rounds so far, or in the first one from the steps so far; empty if there is none."""
+        """Estimated from the rounds so far, or from the steps during the first round; empty if unknown."""
         todo, done = self.num_rounds - len(self.rounds), len(self.rounds) or self.fraction()
         if not (self.ends and todo and done):
             return ""
@@ -111,14 +111,14 @@ class Overview:
         return f"{duration(max(0.0, a_round * todo - passed))} left"
 
     def render(self, now: float) -> Group:
-        """The live view: 2 lines and one per site, or one per phase where there are many sites."""
+        """The live view: 2 lines plus one per site, or one per phase if there are many sites."""
         done, what, completed = len(self.rounds), "final evaluation", float(self.num_rounds)
         if done < self.num_rounds:
             what, completed = self.name(done + 1), done + self.fraction()
         head = _grid(4)
         head.add_row(what, ProgressBar(self.num_rounds, completed, width=24), self.accuracy(), self.time_left(now))
         rows = _grid(3)
-        rows.expand, rows.columns[-1].ratio = True, 1  # the last column takes what is left of the width
+        rows.expand, rows.columns[-1].ratio = True, 1  # the last column takes the remaining width
         if len(self.sites) <= MAX_ROWS:
             for name, site in self.sites.items():
                 rows.add_row(name, self.accuracy(name), site.describe())
@@ -135,9 +135,9 @@ def _grid(n_columns: int) -> Table:
 
 @contextlib.contextmanager
 def follow(run: RunFolder, sites: list[str], num_rounds: int, verbose: bool, first_round: int = 0) -> Iterator[Follow]:
-    """Show a run, as `Overview` takes it, by calls of what is yielded; with `verbose`, NVFlare's log instead."""
+    """Yield a function that shows a run's progress (see `Overview`), or NVFlare's log with `verbose`."""
     overview = Overview(run, sites, num_rounds, first_round)
-    # No thread: the simulator is forked from this process. What is printed meanwhile appears above the live view.
+    # No refresh thread, since the simulator is forked from this process. Other output appears above the live view.
     live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() and not verbose else None
 
     def show(log: str, rounds: list[dict[str, Any]]) -> None:
@@ -153,11 +153,11 @@ def follow(run: RunFolder, sites: list[str], num_rounds: int, verbose: bool, fir
     with live or contextlib.nullcontext():
         yield show
         if live:
-            live.transient = True  # a run that ends well leaves its rounds; one that does not, also where each site was
+            live.transient = True  # after a success, only the lines stay; after a failure, also where each site was
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 7 s, 3 min 20 s, 45 min, 2 h 5 min."""
+    """Format seconds: 7 s, 3 min 20 s, 45 min, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

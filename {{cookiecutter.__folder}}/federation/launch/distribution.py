@@ -1,4 +1,4 @@
-"""Data distribution: which images each site of a simulation has, and the names of the classes; all from data.py."""
+"""Data distribution: which images each simulated site has, and the class names, all from data.py."""
 
 import os
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ from settings import Options
 
 @dataclass(frozen=True)
 class Distribution:
-    """Images per site; of real sites, only the classes are known.
+    """Images per site; for real sites, only the classes are known.
 
-    `classes`: their names, in the order of the labels.
-    `sites`: site -> `train`, `val`, `test` -> sorted indices into the images that lie under the site's data root.
-    `counts`: site -> class -> number of images, training and validation.
+    `classes`: class names, in label order.
+    `sites`: site -> `train`, `val`, `test` -> sorted indices into the images under the site's data root.
+    `counts`: site -> class -> number of images, training + validation.
     """
 
     classes: list[str]
@@ -28,29 +28,29 @@ class Distribution:
 
 
 def prepare(options: Options) -> None:
-    """Fetch and convert the images of every simulated site.
+    """Download and convert the images of every simulated site.
 
     Raises:
-        UserError: they are not available.
+        UserError: the images are not available.
     """
     names, root = site_names(options.n_clients), options.data_root or ""
     if options.dataset == "image_folder" and "{site}" in root:
         there = [os.path.isdir(root.replace("{site}", site)) for site in names]
         if 0 < (n_there := sum(there)) < len(names) and all(there[:n_there]):
             raise UserError(
-                f"{root.replace('{site}', names[n_there])} is not there, but the folders of the sites before it are: "
-                f"use --n_clients {n_there}, or add it"
+                f"{root.replace('{site}', names[n_there])} does not exist, but the folders of earlier sites do: "
+                f"add it or use --n_clients {n_there}"
             )
     for site in names:
         SiteDataModule(site, options).prepare_data()
 
 
 def describe(options: Options) -> Distribution:
-    """Split the images between the sites, as each site will do for itself.
+    """Partition the images among the sites, as each site will do for itself.
 
     Raises:
-        UserError: they cannot be split like this, they have fewer than two classes or two that look alike, or `prepare`
-            was not called and cannot do its work.
+        UserError: the partition is impossible, there are fewer than two classes, two class names look alike, or the
+            data is not prepared and cannot be.
     """
     sites: dict[str, dict[str, list[int]]] = {}
     found: dict[str, dict[str, dict[str, int]]] = {}
@@ -62,11 +62,11 @@ def describe(options: Options) -> Distribution:
     lists = {site: list(counts["train"]) for site, counts in found.items()}
     check_classes(lists)
     first, *others = lists.values()
-    # Each site's folders are sorted by name, so a union sorted by name keeps every site's own order.
+    # Each site's folders are sorted by name, so a union sorted by name preserves every site's order.
     classes = first if all(own == first for own in others) else sorted(set(first).union(*others))
     if len(classes) < 2:
         raise UserError(
-            f"all images are of one class, {classes[0]!r}, and there is nothing to tell apart: "
+            f"all images have the same class, {classes[0]!r}: "
             f"expected two or more folders {options.data_root}/train/<class>"
         )
     counts = {
@@ -77,20 +77,20 @@ def describe(options: Options) -> Distribution:
 
 
 def known_classes(options: Options) -> list[str]:
-    """The classes of real sites, without an image: those in the file `--classes`, else a public data set's own.
+    """The classes of real sites, without reading images: from the `--classes` file, else from a public data set.
 
     Raises:
-        UserError: the file names fewer than two, one twice, or one that cannot be the name of a class.
+        UserError: the file has fewer than two classes, a duplicate, or an invalid class name.
     """
     file = options.classes_file
     if not file:
         return list(SOURCES[options.dataset].classes)
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # some editors begin with a mark
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # some editors write a byte order mark
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: save it as such, one class per line") from None
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one class per line") from None
     classes = [line.strip() for line in lines if line.strip()]
     if len(classes) < 2 or len(set(classes)) < len(classes):
-        raise UserError(f"{file} must name at least two classes, one per line, and none twice")
+        raise UserError(f"{file} must list at least two classes, one per line, without duplicates")
     check_classes({file: classes})
     return classes

@@ -1,9 +1,9 @@
-"""Start the simulator's client processes as forks of one that has imported everything.
+"""Start the simulator's client processes as forks of a process that has imported everything.
 
-NVFlare's simulator starts a new interpreter for each client (and, where clients take turns, for each of their tasks),
-and each of them imports PyTorch, Lightning and NVFlare again: seconds of computing, and most of a client's memory.
-A fork begins with all that done and shares its memory. The price: NVFlare's use of `Popen` is replaced. The forks come
-from a process of their own, the fork server, which is made before there are threads: only then is a fork safe.
+NVFlare's simulator starts a new interpreter for each client, or for each task if clients take turns. Each one imports
+PyTorch, Lightning and NVFlare again, which takes seconds and accounts for most of a client's memory. A fork has the
+imports done and shares their memory. The price: NVFlare's use of `Popen` is replaced. The forks come from a separate
+process, the fork server, which starts before any thread does: only then is forking safe.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ FORK = multiprocessing.get_context("fork")
 
 @contextlib.contextmanager
 def forked_clients() -> Iterator[None]:
-    """Have the simulator that this process is going to run fork its clients. Linux only; without CUDA."""
+    """Make the simulator that this process is about to run fork its clients. Linux only; without CUDA."""
     requests, servers_end = FORK.Pipe()
     FORK.Process(target=_serve, args=(servers_end, requests)).start()
     servers_end.close()
@@ -40,18 +40,18 @@ def forked_clients() -> Iterator[None]:
             requests.send((command, env))
             return _Client(requests.recv())
 
-    # NVFlare terminates a client, waits, and where that has failed kills it.
+    # NVFlare terminates a client, waits, and kills it if that fails.
     simulator_runner.subprocess = SimpleNamespace(Popen=fork, TimeoutExpired=psutil.Error)
     try:
         yield
     finally:
-        requests.close()  # the fork server ends, or the simulator's process would wait for it forever
+        requests.close()  # ends the fork server, or the simulator's process would wait for it forever
 
 
 class _Client(psutil.Process):
-    """What NVFlare uses of `subprocess.Popen`, for a process that is another one's child."""
+    """The part of `subprocess.Popen` that NVFlare uses, for a process that is not a child of this one."""
 
-    returncode = 1  # once it has ended; only its parent could know
+    returncode = 1  # after it has ended; only its parent knows the real one
 
     def poll(self) -> int | None:
         return None if self.is_running() else self.returncode
@@ -64,8 +64,8 @@ class _Client(psutil.Process):
 def _serve(requests: Connection, simulators_end: Connection) -> None:
     """Fork a client for each request and answer with its process ID, until the simulator is gone."""
     simulators_end.close()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a client that has ended leaves no zombie
-    gc.freeze()  # else each client's first collection would touch, and so copy, the pages of all that it shares
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    gc.freeze()  # or each client's first garbage collection would touch, and so copy, all shared pages
     with contextlib.suppress(EOFError):
         while True:
             client = FORK.Process(target=_become_client, args=(requests, *requests.recv()))
@@ -75,13 +75,13 @@ def _serve(requests: Connection, simulators_end: Connection) -> None:
 
 
 def _become_client(requests: Connection, command: list[str], environment: dict[str, str]) -> None:
-    """Do what `python -m nvflare...simulator_worker ARGUMENT ...`, the command, does."""
+    """Do what the command `python -m nvflare...simulator_worker ARGUMENT ...` would do."""
     requests.close()
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
-    stream_utils.sid_base = time.time_ns() // 1000  # its streams count from here: no two clients may share a number
+    stream_utils.sid_base = time.time_ns() // 1000  # base of its stream IDs, which must be unique among clients
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.path[1:1] = environment["PYTHONPATH"].split(os.pathsep)
     sys.argv = command[2:]

@@ -1,4 +1,4 @@
-"""job.py's command line: a flag for each option of settings.py, and what is refused before anything starts."""
+"""job.py's command line: a flag for each option in settings.py, and the checks before anything starts."""
 
 import importlib.util
 import json
@@ -20,9 +20,9 @@ from federation.run import folder
 from settings import FIXED, Options
 
 PROJECT = Path(__file__).resolve().parents[2]
-UNSUPPORTED_PATH = r"[\s'\"\\#]"  # in a project's path: NVFlare's simulator or POC fails, long after its start
+UNSUPPORTED_PATH = r"[\s'\"\\#]"  # in a project's path: NVFlare's simulator or POC would fail late
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run or a site
-MAX_NAME = 100  # letters of a run's name: files that are named after it have more of them
+MAX_NAME = 100  # characters in a run's name; files named after it have longer names
 RULES = {each.name: each.metadata for each in fields(Options)}
 FLAGS = {  # option -> its flag
     name: f"--{name if rules['flag'] is ... else rules['flag']}" for name, rules in RULES.items() if rules["flag"]
@@ -30,7 +30,7 @@ FLAGS = {  # option -> its flag
 
 
 class Command(click.Command):
-    """A program's command line. Its help has a heading for each group of options."""
+    """A program's command line, with a heading in its help for each group of options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -44,15 +44,15 @@ class Command(click.Command):
 
 
 def read_arguments(command: click.Command, arguments: list[str] | None = None, **defaults: Any) -> click.Context:
-    """What a program was called with; `--help` ends the program.
+    """Parse a program's arguments; `--help` exits.
 
     Args:
-        command: its command line.
-        arguments: None: this process's.
-        defaults: of parameters, where they are not the command's own.
+        command: the command line to parse.
+        arguments: None means this process's arguments.
+        defaults: override the command's own defaults.
 
     Raises:
-        UserError: an unknown flag, with the nearest known one, or a value that cannot be.
+        UserError: an unknown flag, with the closest known one, or an invalid value.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -65,10 +65,10 @@ def read_arguments(command: click.Command, arguments: list[str] | None = None, *
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Options, Start]:
-    """The options of a run, checked, and what it starts from.
+    """The checked options of a run, and what it starts from.
 
     Raises:
-        UserError: the first fault found.
+        UserError: the first error found.
     """
     purpose = "Train one image classifier across sites that never share their images. Defaults are in settings.py."
     command = Command("job.py", params=[_flag(name) for name in FLAGS], help=purpose)
@@ -82,7 +82,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, Start]:
     for name in given:
         if RULES[name].get("resume") == FIXED and values[name] != start.settings.get(name, values[name]):
             was = f"{FLAGS[name]} is {values[name]}, but {start.settings[name]} in runs/{start.run}"
-            raise UserError(f"{was}: a run is resumed with the data, sites, seed and algorithm that it began with")
+            raise UserError(f"{was}: a resumed run keeps its data, sites, seed and algorithm")
     values["site_names"] = (values["site_names"] or "").split(",") if values["site_names"] else []
     if start.run:
         values["resume"] = start.run
@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, Start]:
 
 
 def _flag(name: str) -> click.Option:
-    """The flag of an option, as its line in settings.py says."""
+    """The flag of an option, according to its line in settings.py."""
     rules, default, flag = RULES[name], getattr(Options, name, None), FLAGS[name]
     types = get_type_hints(Options)[name]
     kind = next((each for each in (types, *get_args(types)) if each in (int, float, bool)), str)
@@ -107,7 +107,7 @@ def _flag(name: str) -> click.Option:
         details["metavar"] = "N" if kind is int else "X"
     elif kind is bool:
         details = {"is_flag": True}
-        flag += "" if rules.get("local") else f"/--no-{flag[2:]}"  # what concerns the run can be a default
+        flag += "" if rules.get("local") else f"/--no-{flag[2:]}"  # options of the run may default to true
     if "metavar" in rules:
         details["metavar"] = rules["metavar"]
     if "env" in rules:
@@ -119,35 +119,35 @@ def _flag(name: str) -> click.Option:
 
 
 def _check(options: Options, given: set[str], start: Start) -> None:
-    """Refuse what cannot work, and resolve what depends on something else; `given` are the options on the line."""
+    """Reject invalid options and resolve dependent ones; `given` names the options on the command line."""
     for name in sorted(given):
         users = RULES[name].get("algorithms", (options.algorithm,))
         if options.algorithm not in users:
             raise UserError(
-                f"{FLAGS[name]} is a flag of {' and '.join(users)}: --algorithm {options.algorithm} has no use for it"
+                f"{FLAGS[name]} is a flag of {' and '.join(users)}: --algorithm {options.algorithm} does not use it"
             )
         if isinstance(value := getattr(options, name), float) and not math.isfinite(value):
             raise UserError(f"{FLAGS[name]} is {value}: it must be a finite number")
     last_round = start.first_round + options.num_rounds
-    if options.total_rounds is None:  # a longer training than planned stretches the schedule
+    if options.total_rounds is None:  # training longer than planned stretches the schedule
         options.total_rounds = max(start.planned_rounds, last_round)
     if options.total_rounds < last_round:
         raise UserError(
-            f"--total_rounds is {options.total_rounds}: it must be {last_round} or more, as this run ends there"
+            f"--total_rounds is {options.total_rounds}: it must be {last_round} or more, because this run ends there"
         )
     if options.resume is not None and options.check:
-        raise UserError("--check is a run of its own: leave out --resume")
+        raise UserError("--check does not resume a run: remove --resume")
     if options.model_class not in (known := model_names(PROJECT / "model.py")):
         raise UserError(f"--model is {options.model_class!r}: model.py has {', '.join(known) or 'no LightningModule'}")
     _check_name(options)
     if re.search(UNSUPPORTED_PATH, str(PROJECT)):
-        what = f"a folder whose path has spaces, quotes, \\ or #: move the project out of {str(PROJECT)!r}"
-        raise UserError(f"NVFlare cannot run in {what}")
+        reason = "NVFlare does not run in paths with spaces, quotes, \\ or #"
+        raise UserError(f"{reason}: move the project out of {str(PROJECT)!r}")
     own_roots = "{site}" in (options.data_root or "")
     if options.env == "prod" or own_roots:  # each site has its own images
         if "partition" in given and options.partition != "none":
             why = (
-                "real sites have their own: use none" if options.env == "prod" else "with {site} each site has its own"
+                "real sites have their own: use none" if options.env == "prod" else "with {site}, each site has its own"
             )
             raise UserError(f"--partition {options.partition} splits one data set, but {why}")
         options.partition = "none"
@@ -164,14 +164,14 @@ def _check_name(options: Options) -> None:
     name = options.name
     if name is None:
         if options.overwrite:
-            raise UserError("--overwrite replaces a run: say which with --name")
+            raise UserError("--overwrite replaces a run: name it with --name")
         return
     if not re.fullmatch(NAME, name):
-        raise UserError(f"--name is {name!r}: letters, digits, '.', '_' and '-' only")
+        raise UserError(f"--name is {name!r}: use only letters, digits, '.', '_' and '-', letter or digit first")
     if len(name) > MAX_NAME:
-        raise UserError(f"--name has {len(name)} letters: it must have {MAX_NAME} or fewer")
+        raise UserError(f"--name has {len(name)} characters: it must have {MAX_NAME} or fewer")
     if name == "latest":
-        raise UserError("--name latest is the link to the newest run: choose another")
+        raise UserError("--name latest is reserved for the link to the newest run: choose another name")
     if (PROJECT / folder.RUNS / name).exists():
         if not options.overwrite:
             raise UserError(f"runs/{name} exists: choose another --name, or add --overwrite to replace it")
@@ -180,29 +180,29 @@ def _check_name(options: Options) -> None:
 
 
 def _check_environment(options: Options, given: set[str]) -> None:
-    """Refuse what cannot work with real sites, and resolve who they are and who submits."""
+    """Reject options that real sites cannot use, and resolve the sites' and the submitter's names."""
     if options.env == "sim" and "site_timeout" in given:
-        raise UserError("--site_timeout is for sites that are processes of their own: add --env poc or --env prod")
+        raise UserError("--site_timeout has no effect in the simulator: add --env poc or --env prod")
     if options.env != "prod":
         for name in sorted(given - {"site_timeout"}):
             if RULES[name]["group"] == "real sites":
                 raise UserError(f"{FLAGS[name]} is for real sites: add --env prod")
         return
     if options.check or options.prepare_only:
-        raise UserError("--check and --prepare_only work on this machine: leave --env prod out")
+        raise UserError("--check and --prepare_only run on this machine: remove --env prod")
     if options.data_root:
-        raise UserError("each site sets its own FL_DATA_ROOT: leave --data_root out, and unset FL_DATA_ROOT here")
+        raise UserError("each site sets its own FL_DATA_ROOT: remove --data_root and unset FL_DATA_ROOT here")
     names = options.site_names = options.site_names or _sites_of_project()
-    if unfit := [name for name in names if not re.fullmatch(NAME, name)]:
-        raise UserError(f"--sites has a name {unfit[0]!r}: names with commas between, and no spaces")
+    if invalid := [name for name in names if not re.fullmatch(NAME, name)]:
+        raise UserError(f"--sites has the name {invalid[0]!r}: expected names separated by commas, without spaces")
     if len(set(names)) < len(names):
         raise UserError(f"--sites names {max(names, key=names.count)} twice")
     options.n_clients = len(names)
     if options.dataset == "image_folder" and not options.classes_file:
-        raise UserError("--classes FILE is missing: the names of the classes, one per line, as the sites' folders")
+        raise UserError("--classes FILE is missing: a file with one class per line, named like the sites' folders")
     if options.classes_file and not Path(options.classes_file).is_file():
-        raise UserError(f"--classes: there is no file {options.classes_file}")
-    for name in ("classes_file", "export", "startup_kit"):  # relative to where the user is, not to the project
+        raise UserError(f"--classes: {options.classes_file} does not exist")
+    for name in ("classes_file", "export", "startup_kit"):  # relative to the user's folder, not the project's
         if getattr(options, name):
             setattr(options, name, os.path.abspath(os.path.expanduser(getattr(options, name))))
     if options.export:
@@ -210,14 +210,14 @@ def _check_environment(options: Options, given: set[str]) -> None:
             raise UserError(f"--export: {options.export} exists: choose another folder")
         return
     if not options.startup_kit:
-        raise UserError("--startup_kit DIR is missing: the folder that you were given, with startup/ in it")
+        raise UserError("--startup_kit DIR is missing: the folder that you received, with startup/ in it")
     kit = Path(options.startup_kit, "startup", "fed_admin.json")
     if not kit.is_file():
-        raise UserError(f"--startup_kit: {kit} is not there: name the folder that holds startup/, a submitter's kit")
+        raise UserError(f"--startup_kit: {kit} does not exist: use a submitter's kit, the folder with startup/ in it")
     try:
         submitter = json.loads(kit.read_text(encoding="utf-8"))["admin"]["username"]
     except (OSError, ValueError, KeyError, TypeError):
-        fault = f"{kit} does not name a submitter: unpack the kit that you were given again"
+        fault = f"{kit} does not name a submitter: unpack the kit again"
         raise UserError(f"--startup_kit: {fault}") from None
     options.username = options.username or submitter
 
@@ -229,4 +229,4 @@ def _sites_of_project() -> list[str]:
         project = yaml.safe_load((PROJECT / "deploy" / "project.yml").read_text(encoding="utf-8"))
         return [member["name"] for member in project["participants"] if member["type"] == "client"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"deploy/project.yml does not tell the sites ({error}): name them with --sites") from None
+        raise UserError(f"cannot read the sites from deploy/project.yml ({error}): name them with --sites") from None

@@ -1,4 +1,4 @@
-"""Imported first, for its effect: ends the program in one line where this Python lacks the project's packages."""
+"""Imported first for its side effect: exits with a one-line error if this Python lacks the project's packages."""
 
 import importlib.util
 import sys

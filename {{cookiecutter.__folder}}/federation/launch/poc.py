@@ -1,4 +1,4 @@
-"""Where a federation runs with `--env poc`: server and sites as processes of this machine, with keys and TLS."""
+"""Run a federation with `--env poc`: server and sites as processes on this machine, with keys and TLS."""
 
 import contextlib
 import os
@@ -22,21 +22,21 @@ from federation.run.folder import PROJECT, RunFolder
 from settings import Options
 
 PROVISION = PROJECT / "deploy" / "project.yml"
-POC_SERVER = "localhost"  # NVFlare's server listens where its name leads to: to this machine, and to nobody else
-POC_ADMIN = "admin@nvidia.com"  # the name that NVFlare's POC gives to whoever submits
-POC_TIMEOUT_S = 60.0  # for its server to answer and its sites to connect
+POC_SERVER = "localhost"  # NVFlare's server listens on the address of its name, so on this machine only
+POC_ADMIN = "admin@nvidia.com"  # NVFlare's name for a POC's submitter
+POC_TIMEOUT_S = 60.0  # for the server to answer and the sites to connect
 
 
 def run_poc(run: RunFolder, options: Options, environment: dict[str, str], follow: Follow) -> None:
-    """Run the job in an NVFlare POC of its own, with the arguments of `simulate`.
+    """Run the job in a new NVFlare POC. The arguments are those of `simulate`.
 
-    Server and sites have keys and certificates of their own, talk over mutual TLS, and meet at a free port, so that
-    another POC is neither in the way nor in danger. All that they write is in the run's folder `federation`; links to
-    it are where the simulator would write it.
+    Server and sites have their own keys and certificates and talk over mutual TLS on a free port, so that other POCs
+    are not affected. They write only to `federation` in the run's folder, with links from where the simulator would
+    write.
 
     Raises:
-        RunError: a site failed, died or never came.
-        KeyboardInterrupt: passed on, once no process is left.
+        RunError: a site failed, died or did not connect.
+        KeyboardInterrupt: passed on after all processes have ended.
     """
     sites = [f"site-{i}" for i in range(1, options.n_clients + 1)]
     gpus = torch.cuda.device_count() if options.gpu else 0
@@ -81,9 +81,9 @@ def run_poc(run: RunFolder, options: Options, environment: dict[str, str], follo
 
 
 def provision(home: Path, sites: list[str]) -> Path:
-    """Make start-up kits with keys as deploy/project.yml says, but for this machine and these sites.
+    """Create start-up kits with keys according to deploy/project.yml, but for this machine and these sites.
 
-    They are in the new folder `home`, for nobody but this user to read, whatever the umask. Returns the kits' folder.
+    They are in the new folder `home`, readable only by this user regardless of the umask. Returns the kits' folder.
     """
     project = yaml.safe_load(PROVISION.read_text(encoding="utf-8"))
     client = next(participant for participant in project["participants"] if participant["type"] == "client")
@@ -94,7 +94,7 @@ def provision(home: Path, sites: list[str]) -> Path:
         *({**client, "name": site} for site in sites),
         {"name": POC_ADMIN, "type": "admin", "org": client["org"], "role": "project_admin"},
     ]
-    home.mkdir(mode=0o700)  # before there is a key in it
+    home.mkdir(mode=0o700)  # before any key is written
     (home / "poc.yml").write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
     prepare_poc_provision([], len(sites), str(home), docker_image="", project_conf_path=str(home / "poc.yml"))
     for path in home.rglob("*"):
@@ -103,10 +103,10 @@ def provision(home: Path, sites: list[str]) -> Path:
 
 
 def _start(kit: Path, stream: IO[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the script's python3 is this one
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # so that the script's python3 is this one
     return subprocess.Popen(
         ["bash", str(kit / "startup" / "sub_start.sh"), "--once"],
-        cwd=kit,  # not the project's folder: a site sees the job's files alone
+        cwd=kit,  # not the project's folder: a site sees only the job's files
         env={**os.environ, "PATH": path, **environment},
         stdin=subprocess.DEVNULL,
         stdout=stream,
@@ -117,6 +117,6 @@ def _start(kit: Path, stream: IO[str], environment: dict[str, str]) -> subproces
 
 
 def _link(link: Path, folder: Path) -> None:
-    """Link to what the server or a site writes from where the simulator would write it."""
+    """Link from where the simulator would write to where the server or a site of a POC writes."""
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(os.path.relpath(folder, link.parent.resolve()))

@@ -1,4 +1,4 @@
-"""Where a federation runs with `--env prod`: on a server and at sites that are running elsewhere."""
+"""Run a federation with `--env prod`: on a server and at sites that are already running elsewhere."""
 
 import contextlib
 import shutil
@@ -15,17 +15,17 @@ from settings import Options
 
 
 def submit(run: RunFolder, options: Options, environment: dict[str, str], follow: Follow) -> None:
-    """Run the job on a federation that is running elsewhere, with the arguments of `simulate`.
+    """Run the job on a federation that is running elsewhere. The arguments are those of `simulate`.
 
-    `environment` is not used: server and sites have their own. Of the log, the server's part is seen.
+    `environment` is not used: server and sites have their own. Only the server's log is available.
 
     Raises:
-        RunError: the server cannot be reached or refuses, a site never came, or the job failed.
-        KeyboardInterrupt: passed on, once the job is stopped.
+        RunError: the server cannot be reached or refuses the job, a site did not connect, or the job failed.
+        KeyboardInterrupt: passed on after the job is stopped.
     """
     assert options.startup_kit and options.username
     late: set[str] = set()
-    rounds: list[dict[str, Any]] = []  # as the server records them, but without metrics; the last one is running
+    rounds: list[dict[str, Any]] = []  # as the server records them, without metrics; the last one is running
 
     def poll() -> None:
         new = server.new_log(job_id)
@@ -40,7 +40,7 @@ def submit(run: RunFolder, options: Options, environment: dict[str, str], follow
     with contextlib.closing(Server(run, Path(options.startup_kit), options.username, options.wait)) as server:
         job_id = server.submit(options.site_names)
         try:
-            print(f"the server has the job, {job_id}; Ctrl-C stops it", flush=True)
+            print(f"submitted job {job_id}; press Ctrl-C to stop it", flush=True)
             status = server.wait_for_job(job_id, poll)
         except BaseException:
             with contextlib.suppress(Exception):
@@ -48,6 +48,6 @@ def submit(run: RunFolder, options: Options, environment: dict[str, str], follow
             raise
         server.collect(job_id)
     shutil.copy(run.server / "log.txt", run.log)
-    # Where a site was lost on the way, NVFlare calls the job failed, even if the server has done all of it.
+    # If a site was lost during the job, NVFlare reports a failure even if the server has finished.
     if status != COMPLETED and not (run.server / EVALUATION).exists():
         raise RunError(failed_sites(run.server / "log.txt") or f"NVFlare ended the job with {status}")

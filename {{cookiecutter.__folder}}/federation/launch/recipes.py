@@ -1,4 +1,4 @@
-"""From the command line's options to an NVFlare recipe: what the server and the sites will do."""
+"""Build an NVFlare recipe from the options: what the server and the sites will do."""
 
 import json
 from typing import Any
@@ -28,13 +28,13 @@ TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's defa
 
 
 def build(options: Options, distribution: Distribution, start: Start, run: RunFolder) -> Recipe:
-    """The recipe of `options.algorithm`: all sites take part in each round, weighted by their training images.
+    """The recipe for `options.algorithm`: all sites take part in each round, weighted by their training images.
 
     Args:
-        options: the run's, with the federation's `classes`.
+        options: the run's options, with the federation's `classes`.
         distribution: in a simulation, which images each site has.
         start: what the run starts from.
-        run: its folder.
+        run: the run's folder.
     """
     torch.manual_seed(options.seed)
     model = make_model(options)
@@ -54,7 +54,7 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
         train_script="client.py",
     )
     server = _app(recipe, "server")
-    for replaced in ("model_selector", "metrics_artifact_writer"):  # FinalEvaluation does what they do
+    for replaced in ("model_selector", "metrics_artifact_writer"):  # by FinalEvaluation
         server.components.pop(replaced, None)
     controller = server.workflows[0].controller
     vars(controller)["_start_round" if hasattr(controller, "_start_round") else "start_round"] = start.first_round
@@ -62,12 +62,12 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
     _app(recipe, ALL_SITES).executors = []
     recipe._job.to_clients(SiteHost(send_difference=options.algorithm == "fedopt"), tasks=["*"])
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
-    recipe._job.to_server(FinalEvaluation(options.n_clients), id="final_evaluation")  # no public method does it
+    recipe._job.to_server(FinalEvaluation(options.n_clients), id="final_evaluation")  # there is no public method
     images = {site: {part: len(own) for part, own in parts.items()} for site, parts in distribution.sites.items()}
     answer_check = AnswerCheck(options.algorithm, options.classes, start.first_round, images or None)
     recipe._job.to_server(answer_check, id="answer_check")
     recipe._job.to_server(AuditLog(), id="audit_log")
-    if options.env != "sim":  # there, clients that take turns have no process in between; simulator.py sees to it
+    if options.env != "sim":  # simulated clients that take turns have no process in between; see simulator.py
         recipe.add_server_config(PATIENCE)
         recipe._job.to_server(HeartbeatMonitor(options.site_timeout), id="heartbeat_monitor")
     return recipe
@@ -79,16 +79,16 @@ def fedavg(options: Options, **shared: Any) -> FedAvgRecipe:
 
 
 def fedprox(options: Options, **shared: Any) -> FedProxRecipe:
-    """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu weighs the pull to the global model."""
+    """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu is the pull toward the global model."""
     own = {"aggregator": OrderedMean(options.n_clients), "fedprox_mu": options.fedprox_mu}
     return FedProxRecipe(**own, **_early_stopping(options), **shared)
 
 
 def scaffold(options: Options, **shared: Any) -> ScaffoldRecipe:
-    """Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", after option II.
+    """Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", option II.
 
-    Not quite the paper's: there, a site takes plain SGD steps. The models of model.py have momentum, with which a
-    site's control variate is larger than its mean gradient.
+    One difference: in the paper, sites use plain SGD. The models in model.py use momentum, which makes a site's control
+    variate larger than its mean gradient.
     """
     recipe = ScaffoldRecipe(**shared)
     own = OrderedScaffold(num_clients=options.n_clients, num_rounds=options.num_rounds)
@@ -97,15 +97,15 @@ def scaffold(options: Options, **shared: Any) -> ScaffoldRecipe:
 
 
 def fedopt(options: Options, **shared: Any) -> FedOptRecipe:
-    """Reddi et al. 2021, "Adaptive Federated Optimization": the server takes the sites' mean change for a gradient.
+    """Reddi et al. 2021, "Adaptive Federated Optimization": the server uses the sites' mean update as a gradient.
 
-    Its optimizer is SGD with momentum, which makes it the paper's FedAvgM.
+    Its optimizer is SGD with momentum, which is the paper's FedAvgM.
     """
     sgd = {"lr": options.server_learning_rate, "momentum": options.server_momentum}
     optimizer = {"path": "torch.optim.SGD", "args": sgd}
-    shared["model"] = make_model(options)  # this recipe wants an object
+    shared["model"] = make_model(options)  # this recipe needs an object
     recipe = FedOptRecipe(aggregator=OrderedMean(options.n_clients), optimizer_args=optimizer, device="cpu", **shared)
-    # NVFlare exports an object as the name of its class: here that has to be the factory's.
+    # NVFlare exports an object by its class name: this one has to name the factory.
     _app(recipe, "server").components["model"] = type("make_model", (), {"__module__": "trainer"})()
     recipe._job.to_server(StartFromCheckpoint(), id="start_from_checkpoint")
     return recipe
@@ -115,11 +115,11 @@ ALGORITHMS = {"fedavg": fedavg, "fedprox": fedprox, "scaffold": scaffold, "fedop
 
 
 def _early_stopping(options: Options) -> dict[str, Any]:
-    # NVFlare heeds `patience` only beside a condition: this one never holds.
+    # NVFlare uses `patience` only together with a condition: this one is never met.
     stop = {"stop_cond": f"{METRIC} > inf", "patience": options.patience} if options.patience else {}
     return {"key_metric": METRIC, **stop}
 
 
 def _app(recipe: Recipe, target: str) -> Any:
-    """What the recipe has built for the server or the sites. NVFlare has no public access; its recipe.utils do this."""
+    """The recipe's app for the server or the sites. NVFlare has no public access to it; recipe.utils does the same."""
     return recipe._job._deploy_map[target].app_config

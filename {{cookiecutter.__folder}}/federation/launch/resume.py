@@ -12,10 +12,10 @@ from federation.run import schema
 from federation.run.folder import RunFolder
 from settings import Options
 
-if TYPE_CHECKING:  # Lightning takes seconds
+if TYPE_CHECKING:  # importing Lightning takes seconds
     from federation.launch.distribution import Distribution
 
-RESTARTS = {  # what a resumed run begins without
+RESTARTS = {  # state that is not resumed
     "scaffold": "the control variates restart at zero",
     "fedopt": "the server's momentum restarts at zero",
 }
@@ -25,19 +25,19 @@ RESTARTS = {  # what a resumed run begins without
 class Start:
     """What a run starts from: new weights, unless it resumes another run."""
 
-    run: str | None = None  # the name of that run
+    run: str | None = None  # the name of the resumed run
     model: Path | None = None  # its last global model
-    first_round: int = 0  # how many rounds led to that
-    planned_rounds: int = 0  # what a learning-rate schedule was to span
-    settings: dict[str, Any] = field(default_factory=dict)  # options that it hands on
-    stages: list[dict[str, Any]] = field(default_factory=list)  # how it was trained: see run/schema.py
+    first_round: int = 0  # the number of rounds behind that model
+    planned_rounds: int = 0  # rounds that a learning-rate schedule was meant to span
+    settings: dict[str, Any] = field(default_factory=dict)  # options that are inherited
+    stages: list[dict[str, Any]] = field(default_factory=list)  # how the model was trained: see run/schema.py
 
     @classmethod
     def read(cls, name: str) -> "Start":
         """Read a finished run.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no finished run of that name.
         """
         try:
             folder = RunFolder.find(name)
@@ -56,14 +56,14 @@ class Start:
 
     @property
     def resumed(self) -> dict[str, Any] | None:
-        """For results.json: which run this is, and after which of its rounds."""
+        """For results.json: which run is resumed, and after which of its rounds."""
         return {"run": self.run, "round": self.first_round} if self.run else None
 
     def check(self, options: Options, distribution: "Distribution") -> None:
-        """See that the sites hold the same images as before, and that the model of before still fits.
+        """Check that the sites have the same images as before and that the earlier model still loads.
 
         Raises:
-            UserError: they do not, or it does not.
+            UserError: a check failed.
         """
         import torch
 
@@ -74,10 +74,10 @@ class Start:
         try:
             before: Any = schema.read_json(self.model.with_name("partition.json"))
             now = json.loads(json.dumps(dataclasses.asdict(distribution)))
-            if options.env == "prod":  # only the classes are known: each site sees to its own images
+            if options.env == "prod":  # only the classes are known: real sites manage their own images
                 before, now = before.get("classes"), now["classes"]
             if before != now:
-                raise UserError("its sites held other images: give the --data_root that it had")
+                raise UserError("its sites had different images: use the same --data_root")
             make_model(options).load_state_dict(torch.load(self.model, weights_only=True))
         except UserError as error:
             raise UserError(f"--resume {self.run}: {error}") from None
@@ -86,9 +86,9 @@ class Start:
             raise UserError(f"--resume {self.run}: {fault}") from None
 
     def note(self, options: Options) -> str:
-        """What to tell the user: what restarts, and whether a learning-rate schedule differs from the planned one."""
-        restarts = RESTARTS.get(options.algorithm, "the sites' optimizers start afresh in every round anyway")
-        text = f"resumes runs/{self.run} after round {self.first_round}: {restarts}"
+        """A message for the user: which state restarts, and how the learning-rate schedule has changed, if it has."""
+        restarts = RESTARTS.get(options.algorithm, "the sites' optimizers start fresh in every round anyway")
+        text = f"resuming runs/{self.run} after round {self.first_round}\n{restarts}"
         if options.total_rounds != self.planned_rounds:
-            text += f"\na learning-rate schedule spans {options.total_rounds} rounds now, not {self.planned_rounds}"
+            text += f"\na learning-rate schedule now spans {options.total_rounds} rounds, not {self.planned_rounds}"
         return text

@@ -1,4 +1,4 @@
-"""Where a federation runs, by default: NVFlare's simulator, on this machine. Start it, follow it, end it."""
+"""Run a federation in NVFlare's simulator on this machine, the default."""
 
 import contextlib
 import multiprocessing
@@ -21,37 +21,37 @@ from federation.protocol import EVALUATION
 from federation.run.folder import PROJECT, RunFolder
 from settings import Options
 
-FORKS = sys.platform == "linux"  # elsewhere a fork is not safe, nor is one that then uses CUDA
-FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes for one client process: 0.2 and 1.1 GB were seen, with LitNet
+FORKS = sys.platform == "linux"  # forking is unsafe elsewhere, and with CUDA anywhere
+FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes per client process; measured with LitNet: 0.2 and 1.1 GB
 POLL_S = 0.2
 
 
 def threads_per_client(n_clients: int) -> int:
-    """The machine's cores shared out. Uncapped, every client would take all of them and run three times slower."""
+    """This machine's cores per client. If every client used all of them, each would run three times slower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // n_clients)
 
 
 def simulate(run: RunFolder, options: Options, environment: dict[str, str], follow: Follow) -> None:
-    """Run the job in NVFlare's simulator, with its output in the run's log.
+    """Run the job in NVFlare's simulator and write its output to the run's log.
 
     Args:
-        run: the run's folder, with the exported job; its path has no white space.
-        options: the run's.
-        environment: variables for the server and the sites, in addition to this process's own.
-        follow: called about once a second, or more often.
+        run: the run's folder, with the exported job; its path has no whitespace.
+        options: the run's options.
+        environment: additional environment variables for the server and the sites.
+        follow: called at least about once a second.
 
     Raises:
         RunError: a site failed or died.
-        KeyboardInterrupt: passed on, once no process is left.
+        KeyboardInterrupt: passed on after all processes have ended.
     """
     n_gpus = min(torch.cuda.device_count(), options.n_clients) if options.gpu else 0
     forked = FORKS and not n_gpus
     fitting = int(psutil.virtual_memory().available / (FORKED_MEMORY if forked else STARTED_MEMORY))
     at_once = min(options.n_threads or max(1, fitting), options.n_clients)
     if at_once < options.n_clients:
-        why = "--n_threads asks for" if options.n_threads else "the free memory allows"
-        print(f"{options.n_clients} sites run {at_once} at a time, as {why}: each of their tasks starts a new process")
+        why = "--n_threads" if options.n_threads else "limited by memory"
+        print(f"{options.n_clients} sites run {at_once} at a time ({why}); each task starts a process")
     arguments = {
         "job_folder": str(run.job),
         "workspace": str(run.workspace),
@@ -67,7 +67,7 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
     run.log.touch()
     running = True
     with guard(run) as started, run.log.open(encoding="utf-8", errors="replace") as log:
-        # Held back meanwhile: a signal that comes in the middle of a fork ends in one of Python's callbacks, unheard.
+        # Blocked: Python would swallow the exception of a signal that arrives during a fork, in an at-fork callback.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         simulator.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -81,11 +81,11 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
                 return
             simulator.join(POLL_S)
     if simulator.exitcode != 0:
-        raise RunError(root_cause(run.workspace) or f"the simulator ended with code {simulator.exitcode}")
+        raise RunError(root_cause(run.workspace) or f"the simulator ended with exit code {simulator.exitcode}")
 
 
 def _run_simulator(arguments: dict[str, Any], log: Path, forked: bool, environment: dict[str, str]) -> None:
-    """The body of the simulator's process."""
+    """Runs in the simulator's process."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # job.py ends the whole process tree
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -95,10 +95,10 @@ def _run_simulator(arguments: dict[str, Any], log: Path, forked: bool, environme
         os.dup2(stream.fileno(), 2)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not the live display's
     os.environ.update(environment)  # for the clients, which inherit it
-    torch.set_num_threads(1)  # the server does little: the cores are the clients'
+    torch.set_num_threads(1)  # the server does little: leave the cores to the clients
     if FORKS:
         multiprocessing.set_start_method("fork", force=True)
-    # Without the project's folder and modules, server and clients see the job's files alone, as real sites do.
+    # Hide the project's folder and modules: like real sites, server and clients see only the job's files.
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != PROJECT]
     for name, module in list(sys.modules.items()):
         if name.startswith("federation") or Path(getattr(module, "__file__", None) or "/").parent == PROJECT:

@@ -1,7 +1,7 @@
-"""Experiment tracking: TensorBoard, MLflow or Weights & Biases, by NVFlare's receivers on the server.
+"""Experiment tracking: TensorBoard, MLflow or Weights & Biases, through NVFlare's receivers on the server.
 
-The sites send what federation/site/progress.py says. The global model's curves are added here, at the end of a run:
-they are means over the sites, which no site knows.
+The sites send the metrics of federation/site/progress.py. The global model's curves are added here at the end of a
+run: they are means over the sites, which no site knows.
 """
 
 import logging
@@ -13,21 +13,21 @@ from federation.run.folder import PROJECT, RUNS, RunFolder
 
 
 def environment(tracker: str, run: RunFolder) -> dict[str, str]:
-    """The variables that the tracker's library reads: the user's own, where they are set."""
+    """The environment variables that the tracker's library reads; those already set take precedence."""
     values = {}
     if tracker == "mlflow":  # one database for all runs
         values = {"MLFLOW_TRACKING_URI": f"sqlite:///{PROJECT / RUNS}/mlflow.db"}
     elif tracker == "wandb":
         import wandb
 
-        # Whoever is not logged in is not asked in the middle of a run.
+        # Do not prompt for a login in the middle of a run.
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
         values = {"WANDB_DIR": str(run.path.resolve()), "WANDB_MODE": mode}
     return {name: os.environ.get(name, value) for name, value in values.items()}
 
 
 def add_tracking(recipe: Any, tracker: str, run: RunFolder, environment: dict[str, str]) -> None:
-    """Let the server of this NVFlare recipe receive what the sites send."""
+    """Make the server of this NVFlare recipe receive what the sites send."""
     from nvflare.recipe.utils import add_experiment_tracking
 
     config = {}
@@ -35,7 +35,7 @@ def add_tracking(recipe: Any, tracker: str, run: RunFolder, environment: dict[st
         return
     if tracker == "mlflow":
         names = {"experiment_name": PROJECT.name, "run_name": run.name, "experiment_tags": {}, "run_tags": {}}
-        # NVFlare's server puts its own variable in there: an address, perhaps with a password, is not for the sites.
+        # NVFlare's server fills in its own variable, so that no URI, perhaps with a password, reaches the sites.
         config = {"tracking_uri": "{$MLFLOW_TRACKING_URI}", "kw_args": names}
     elif tracker == "wandb":
         arguments = {"project": PROJECT.name, "name": run.name, "group": run.name, "job_type": "site"}
@@ -51,9 +51,9 @@ def collect(tracker: str, run: RunFolder) -> None:
 
 
 def add_global_curves(tracker: str, run: RunFolder, result: dict[str, Any], environment: dict[str, str]) -> None:
-    """Write the curves of the global model, of a run with this results.json, next to those of the sites.
+    """Write the global model's curves next to those of the sites: `val/...` per round and the final `test/...`.
 
-    They are its `val/...` by round and its final `test/...`.
+    `result` is the content of the run's results.json.
     """
     rounds, test = result["rounds"], result["test"]
     curves = {entry["round"]: {"val/acc": entry["accuracy"], "val/loss": entry.get("loss")} for entry in rounds}
@@ -70,7 +70,7 @@ def add_global_curves(tracker: str, run: RunFolder, result: dict[str, Any], envi
     elif tracker == "mlflow":
         import mlflow
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # the screen is job.py's
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # keep it off job.py's screen
         mlflow.set_tracking_uri(environment["MLFLOW_TRACKING_URI"])
         mlflow.set_experiment(PROJECT.name)
         with mlflow.start_run(run_name=f"global-{run.name}", tags={"run_name": run.name}):

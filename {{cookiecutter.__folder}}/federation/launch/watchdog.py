@@ -1,8 +1,7 @@
-"""Leaves no process behind, whatever ends job.py: it cleans up by itself, and a watchdog does where it was killed.
+"""Leave no process behind, however job.py ends: it cleans up after itself, and a watchdog cleans up if it is killed.
 
-The watchdog is a process of its own that job.py cannot take along. It waits for the end of its standard input, a pipe
-from job.py over which it learns the processes that job.py has started. So that it costs little, this file imports
-nothing but psutil.
+The watchdog is a separate process that survives job.py. It reads the IDs of the processes that job.py starts from its
+standard input, a pipe, until that is closed. To keep it cheap, this file imports only psutil.
 """
 
 import contextlib
@@ -21,18 +20,18 @@ import psutil
 if TYPE_CHECKING:
     from federation.run.folder import RunFolder
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends job.py and lets it clean up
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # end job.py, which then cleans up
 GRACE_S = 3.0  # from SIGTERM to SIGKILL
 PR_SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 
 
 @contextlib.contextmanager
 def guard(run: "RunFolder") -> Iterator[Callable[[int], object]]:
-    """Leave no process that is started inside this context, and no key of a POC, also where this process is killed.
+    """End all processes started in this context and remove a POC's keys, even if this process is killed.
 
-    Yields a function to be called with the ID of each process that has been started.
+    Yields a function to call with the ID of each process that was started.
     """
-    if sys.platform == "linux":  # what loses its parent becomes a child of this process, and so is found at the end
+    if sys.platform == "linux":  # orphans become children of this process and are found at the end
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     folder, poc = run.path.resolve(), run.poc.resolve()
     watchdog = subprocess.Popen(
@@ -49,7 +48,7 @@ def guard(run: "RunFolder") -> Iterator[Callable[[int], object]]:
     try:
         yield lambda pid: pipe.write(f"{pid}\n".encode())
     finally:
-        # An impatient second Ctrl-C does not interrupt the cleaning up.
+        # A second Ctrl-C must not interrupt the cleanup.
         handlers = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         clean_up([child for child in psutil.Process().children() if child.pid != watchdog.pid], folder, poc)
         watchdog.kill()
@@ -59,15 +58,15 @@ def guard(run: "RunFolder") -> Iterator[Callable[[int], object]]:
 
 
 def clean_up(roots: list[psutil.Process], folder: Path, poc: Path) -> None:
-    """End these processes, their descendants and NVFlare's that were started with a path in the run's folder.
+    """End these processes, their descendants, and NVFlare processes whose arguments have a path in the run's folder.
 
-    Then remove a POC's keys; its logs and what was written for the job stay.
+    Then remove a POC's keys, but keep its logs and the job's files.
     """
     found: set[psutil.Process] = set()
     while new := set(_find_processes(roots, folder)) - found:
         for process in new:
             with contextlib.suppress(psutil.Error):
-                process.suspend()  # so that it starts no other; what it has started since is found by the next pass
+                process.suspend()  # so that it starts no others; the next pass finds any started since
         found |= new
     for act in (psutil.Process.terminate, psutil.Process.resume):
         for process in found:
@@ -85,16 +84,16 @@ def clean_up(roots: list[psutil.Process], folder: Path, poc: Path) -> None:
 def _find_processes(roots: list[psutil.Process], folder: Path) -> Iterator[psutil.Process]:
     for root in roots:
         with contextlib.suppress(psutil.Error):
-            if root.is_running():  # and its ID has not passed to another one
+            if root.is_running():  # its ID has not been reused
                 yield root
                 yield from root.children(recursive=True)
-    for process in psutil.process_iter(["cmdline"]):  # NVFlare's: their parents may have died before them
+    for process in psutil.process_iter(["cmdline"]):  # NVFlare's, whose parents may be gone
         words = process.info["cmdline"] or []
         if any(word.startswith("nvflare.") for word in words) and any(word.startswith(f"{folder}/") for word in words):
             yield process
 
 
-if __name__ == "__main__":  # the watchdog: read a process ID per line; once there will be no more, clean up
+if __name__ == "__main__":  # the watchdog: read one process ID per line until end of file, then clean up
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     started = []
