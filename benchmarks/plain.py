@@ -92,7 +92,7 @@ def run_site(
     weights: torch.Tensor,
     shares: torch.Tensor,
 ) -> tuple[list[tuple[float, str]], dict[str, float]]:
-    """All rounds of a site. Returns its turns and the test of the final model.
+    """All rounds of a site. Returns its phases and the test of the final model.
 
     Args:
         parts: for `train`, `val` and `test` (images, labels, indices).
@@ -101,44 +101,44 @@ def run_site(
     """
     torch.set_num_threads(options.threads)
     net = copy.deepcopy(net)  # where processes are not forked, its tensors are shared
-    turns = []
+    phases = []
 
-    def turn(name: str) -> None:
-        turns.append((time.time(), name))
+    def begin(name: str) -> None:
+        phases.append((time.time(), name))
 
     def evaluation(part: str) -> Iterator[Batch]:
         return batches(*parts[part], EVALUATION_BATCH)
 
     for number in range(options.rounds):
-        turn("validate")
+        begin("validate")
         evaluate(net, evaluation("val"))
-        turn("train")
+        begin("train")
         images, labels, indices = parts["train"]
         order = np.random.default_rng((options.seed, site, number)).permutation(indices)
         train(net, batches(images, labels, order, options.batch_size), options.learning_rate)
-        turn("test")
+        begin("test")
         evaluate(net, evaluation("test"))
-        turn("predict")
+        begin("predict")
         with torch.inference_mode():
             for x, _ in evaluation("test"):
                 net(x)
-        turn("predicted")
+        begin("predicted")
         with torch.no_grad():
             weights[site] = parameters_to_vector(net.parameters())
             barrier.wait()
             mean = shares @ weights
             barrier.wait()  # nobody writes before all have read
             vector_to_parameters(mean, net.parameters())
-    turn("evaluate")
+    begin("evaluate")
     evaluate(net, evaluation("val"))
-    return turns, evaluate(net, evaluation("test"))
+    return phases, evaluate(net, evaluation("test"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--project", required=True, help="folder of a rendered project")
     parser.add_argument("--store", required=True, type=Path, help="its converted images")
-    parser.add_argument("--output", required=True, type=Path, help="file for turns and accuracy")
+    parser.add_argument("--output", required=True, type=Path, help="file for phases and accuracy")
     for name in ("n_clients", "rounds", "batch_size", "seed"):
         parser.add_argument(f"--{name}", required=True, type=int)
     parser.add_argument("--learning_rate", required=True, type=float)
@@ -177,7 +177,7 @@ def main() -> None:
     results = sorted(reports.get() for _ in sites)
     tests = [test for _, _, test in results]
     tested = sum(test["images"] for test in tests)
-    report = {"turns": [turns for _, turns, _ in results]}
+    report = {"phases": [phases for _, phases, _ in results]}
     for name in ("accuracy", "loss"):
         report[name] = sum(test[name] * test["images"] for test in tests) / tested
     options.output.write_text(json.dumps(report), encoding="utf-8")

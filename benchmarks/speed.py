@@ -1,6 +1,6 @@
 """How fast is the rendered project? `make bench`, or `python benchmarks/speed.py --help`.
 
-Runs three programs on the same work, in turns: the limit (plain.py), the project as rendered, and the textbook way
+Runs three programs on the same work, alternately: the limit (plain.py), the project as rendered, and the textbook way
 (textbook/). Writes speed.json, speed.md and speed.png into benchmarks/results/. README.md tells how to read them.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import measure
 import tables
 import timeline
-from workload import HERE, Programs, generate, take_part
+from workload import HERE, Programs, generate, subset
 
 BUILD = HERE.parent / "build" / "bench"
 IMPORTS = "import torch, pytorch_lightning, nvflare"
@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="a folder of images, train|test/<class>/<image> [generated ones]")
     add("--quick", action="store_true", help="a small version of everything, for CI: proves that it works, no more")
-    add("--repeats", type=int, help="of limit and project, in turns [3, quick: 1]")
+    add("--repeats", type=int, help="of limit and project, alternately [3, quick: 1]")
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="measure only these, keep the other parts' figures")
     add("--full", action="store_true", help="run the textbook way on all images too, not on a part only: 16 minutes")
     add("--output", type=Path, help="folder for the results [benchmarks/results, quick: build/bench/results]")
@@ -57,8 +57,8 @@ class Benchmark:
         source = options.data or generate(BUILD / f"generated-{per_class['train']}", per_class)
         images = source.resolve()
         if quick and options.data:
-            images = take_part(images, BUILD / "quick", 50)
-        self.images, self.part = images, take_part(images, BUILD / "part", self.divisor)
+            images = subset(images, BUILD / "quick", 50)
+        self.images, self.part = images, subset(images, BUILD / "part", self.divisor)
         self.programs = Programs(BUILD, batch_size=24, learning_rate=0.01)
         for folder in (self.images, self.part):
             self.programs.prepare(folder)
@@ -82,11 +82,11 @@ class Benchmark:
         start, end = measure.run(command, folder, self.programs.environment, look=look)
         if what == "limit":
             report = json.loads((BUILD / "limit.json").read_text(encoding="utf-8"))
-            self.predict_over_test = timeline.predict_over_test(report["turns"])
-            sites, test = [timeline.without_predicted(site) for site in report["turns"]], report
+            self.predict_over_test = timeline.predict_over_test(report["phases"])
+            sites, test = [timeline.without_predicted(site) for site in report["phases"]], report
         else:
             files = sorted((folder / "runs" / "run" / "workspace").glob("site-*/simulate_job/progress.jsonl"))
-            sites = [timeline.read_turns(file.read_text(encoding="utf-8")) for file in files]
+            sites = [timeline.read_phases(file.read_text(encoding="utf-8")) for file in files]
             test = json.loads((folder / "runs" / "run" / "results.json").read_text(encoding="utf-8"))["test"]
         n_images = sum(1 for _ in (images / "train").glob("*/*")) // (1 if partition == "none" else n_clients)
         n_train = n_images - round(n_images / 5)  # a fifth is for validation
@@ -145,8 +145,8 @@ class Benchmark:
         workspace = self.programs.project / "runs" / "run" / "workspace"
         logs, files = workspace.glob("site-*/log.txt"), workspace.glob("site-*/simulate_job/progress.jsonl")
         clients = set().union(*(timeline.read_process_ids(log.read_text(encoding="utf-8")) for log in logs))
-        turns = [timeline.read_turns(file.read_text(encoding="utf-8")) for file in files]
-        rounds = [one for site in turns for one in timeline.split_rounds(site)]
+        phases = [timeline.read_phases(file.read_text(encoding="utf-8")) for file in files]
+        rounds = [one for site in phases for one in timeline.split_rounds(site)]
         first, last = min(one["train"] for one in rounds), max(one["end"] for one in rounds)
         seen = [
             (time, median(own[pid] for pid in clients & own.keys()))

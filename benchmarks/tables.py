@@ -17,7 +17,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def of(part: dict[str, Any], what: str, name: str = "wall_s", rows: str = "runs") -> list[float]:
+def column(part: dict[str, Any], what: str, name: str = "wall_s", rows: str = "runs") -> list[float]:
     """One column of a part's runs, or commands, of one kind."""
     return [run[name] for run in part[rows] if run["what"] == what]
 
@@ -49,27 +49,29 @@ def figures(parts: dict[str, Any]) -> list[dict[str, Any]]:
     if speed := parts.get("speed"):
         add(
             "time inside fit over the plain loop's",
-            ratios(of(speed, "project", "fit_s"), of(speed, "limit", "fit_s")),
+            ratios(column(speed, "project", "fit_s"), column(speed, "limit", "fit_s")),
             1.10,
         )
-        limit, whole = of(speed, "limit"), of(speed, "project")
+        limit, whole = column(speed, "limit"), column(speed, "project")
         add("whole job over the limit's whole wall", ratios(whole, limit), 1.6)
-        final = of(speed, "limit", "final_evaluation_s")
+        final = column(speed, "limit", "final_evaluation_s")
         bare = [wall - last for wall, last in zip(limit, final, strict=True)]
         add("the same, the limit without the final evaluation that the job makes", ratios(whole, bare), None)
-        imports = of(speed, "imports", rows="commands")
+        imports = column(speed, "imports", rows="commands")
         add(
             "start to first training step over the three imports",
-            ratios(of(speed, "project", "to_training_s"), imports),
+            ratios(column(speed, "project", "to_training_s"), imports),
             3,
         )
-        add("wall of a round less its computing", of(speed, "project", "overhead_s"), 1.5, "s")
+        add("wall of a round less its computing", column(speed, "project", "overhead_s"), 1.5, "s")
         for what in ("help", "wrong flag"):
-            add(f"job.py, {what}", of(speed, what, rows="commands"), 0.5, "s")
-        gap = [a - b for a, b in zip(of(speed, "project", "accuracy"), of(speed, "limit", "accuracy"), strict=True)]
+            add(f"job.py, {what}", column(speed, what, rows="commands"), 0.5, "s")
+        gap = [
+            a - b for a, b in zip(column(speed, "project", "accuracy"), column(speed, "limit", "accuracy"), strict=True)
+        ]
         add("final test accuracy less the plain loop's, same seed", gap, None)
     if textbook := parts.get("textbook"):
-        divisor, walls = textbook["divisor"], of(textbook, "project")
+        divisor, walls = textbook["divisor"], column(textbook, "project")
         slow = textbook["runs"][0]
         add(f"textbook way over project, 1/{divisor} of the images", [slow["wall_s"] / wall for wall in walls], None)
         if speed:
@@ -107,7 +109,7 @@ def figures(parts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def beyond_limit(clients: dict[str, Any]) -> tuple[list[int], list[float]]:
     counts = [run["n_clients"] for run in clients["runs"] if run["what"] == "project"]
-    return counts, [a - b for a, b in zip(of(clients, "project"), of(clients, "limit"), strict=True)]
+    return counts, [a - b for a, b in zip(column(clients, "project"), column(clients, "limit"), strict=True)]
 
 
 def by_size(parts: dict[str, Any]) -> list[list[dict[str, Any]]]:
@@ -208,13 +210,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
         kinds = [what for what in NAMES if any(run["what"] == what for run in runs)][::-1]
         ones = [typical(runs, what) for what in kinds]
         left = [0.0] * len(kinds)
-        for label, colour, value in (
+        for label, color, value in (
             ("start and end", "#9aa5b1", lambda one: one["start_s"]),
             ("rounds without training", "#e3a857", lambda one: one["rounds"] * one["round_s"]),
             ("training", "#3d7ea6", lambda one: one["rounds"] * one["fit_s"]),
         ):
             widths = [value(one) for one in ones]
-            axis.barh([NAMES[what] for what in kinds], widths, left=left, color=colour, label=label)
+            axis.barh([NAMES[what] for what in kinds], widths, left=left, color=color, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for row, total in enumerate(left):
             axis.text(total, row, f" {total:.0f} s", va="center")

@@ -1,7 +1,7 @@
 """From what sites announce to the times of a run. Pure: text and numbers in, numbers out.
 
-A site's progress.jsonl has a line at each turn of client.py's loop; plain.py notes the same turns. A *round* is what
-lies between two such turns of one site: from "validate" to the next "validate", or, after the last round, to the final
+A site's progress.jsonl has a line at each turn of client.py's loop; plain.py notes the same phases. A *round* is what
+lies between two such phases of one site: from "validate" to the next "validate", or, after the last round, to the final
 evaluation.
 So the costs add up to the wall without rest:
 
@@ -17,7 +17,7 @@ import re
 from itertools import groupby, pairwise
 from statistics import mean
 
-TURNS = {  # a phase that a site announces -> its name here
+PHASES = {  # a phase that a site announces -> its name here
     "validating": "validate",
     "training": "train",
     "testing": "test",
@@ -28,16 +28,16 @@ _ROUND = ("validate", "train", "test", "predict")
 
 
 class IncompleteLog(Exception):
-    """The turns are not those of whole rounds with an evaluation at the end."""
+    """The phases are not those of whole rounds with an evaluation at the end."""
 
 
-def read_turns(progress: str) -> list[tuple[float, str]]:
-    """A site's progress.jsonl -> (seconds since 1970, one of TURNS' values), in order."""
+def read_phases(progress: str) -> list[tuple[float, str]]:
+    """A site's progress.jsonl -> (seconds since 1970, one of PHASES' values), in order."""
     records = [json.loads(line) for line in progress.splitlines()]
-    phases = [(record["time"], record["phase"]) for record in records if "phase" in record]
+    announced = [(record["time"], record["phase"]) for record in records if "phase" in record]
     # An evaluation announces itself twice, for the validation and for the test images.
-    begins = [next(same) for _, same in groupby(phases, key=lambda turn: turn[1])]
-    return [(time, TURNS[phase]) for time, phase in begins if phase in TURNS]
+    begins = [next(same) for _, same in groupby(announced, key=lambda phase: phase[1])]
+    return [(time, PHASES[phase]) for time, phase in begins if phase in PHASES]
 
 
 def read_process_ids(log: str) -> set[int]:
@@ -45,30 +45,30 @@ def read_process_ids(log: str) -> set[int]:
     return {int(number) for number in re.findall(r"is created: PID: (\d+)", log)}
 
 
-def split_rounds(turns: list[tuple[float, str]]) -> list[dict[str, float]]:
-    """One site's turns -> for each round the times of `validate`, `train`, `test`, `predict` and its `end`.
+def split_rounds(phases: list[tuple[float, str]]) -> list[dict[str, float]]:
+    """One site's phases -> for each round the times of `validate`, `train`, `test`, `predict` and its `end`.
 
     Raises:
         IncompleteLog: a turn is missing, or one too many.
     """
-    names = [name for _, name in turns]
+    names = [name for _, name in phases]
     n_rounds = names.count("validate")
     if not n_rounds or names[: 4 * n_rounds + 1] != [*_ROUND * n_rounds, "evaluate"]:
         raise IncompleteLog(f"not whole rounds with an evaluation at the end: {', '.join(names) or 'nothing'}")
-    times = [time for time, _ in turns]
+    times = [time for time, _ in phases]
     return [dict(zip((*_ROUND, "end"), times[first : first + 5], strict=True)) for first in range(0, 4 * n_rounds, 4)]
 
 
-def without_predicted(turns: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The turns that a client's log has too: plain.py's own, "predicted", is left out."""
-    return [(time, name) for time, name in turns if name != "predicted"]
+def without_predicted(phases: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """The phases that a client's log has too: plain.py's own, "predicted", is left out."""
+    return [(time, name) for time, name in phases if name != "predicted"]
 
 
 def predict_over_test(sites: list[list[tuple[float, str]]]) -> float:
-    """How long predicting takes over testing, from plain.py's turns."""
+    """How long predicting takes over testing, from plain.py's phases."""
     spans: dict[str, float] = {"test": 0.0, "predict": 0.0}
-    for turns in sites:
-        for (begin, name), (end, _) in pairwise(turns):
+    for phases in sites:
+        for (begin, name), (end, _) in pairwise(phases):
             if name in spans:
                 spans[name] += end - begin
     return spans["predict"] / spans["test"]
@@ -81,7 +81,7 @@ def cost(
 
     Args:
         start, end: of the whole program, in seconds since 1970.
-        sites: for each site its turns.
+        sites: for each site its phases.
         steps: training steps of a site in a round.
         predict_over_test: how long predicting takes over testing. The client's log does not tell when its last
             phase ends, so this is the plain loop's ratio, which does.
@@ -93,12 +93,12 @@ def cost(
         `final_evaluation_s`: the like part of `start_s`;
         `fit_s`: inside `fit` in a round; `to_training_s`: from the start to the first training.
     """
-    rounds = [split_rounds(turns) for turns in sites]
+    rounds = [split_rounds(phases) for phases in sites]
     every = [one for site in rounds for one in site]
     fit = mean(one["test"] - one["train"] for one in every)
     first, last = mean(site[0]["validate"] for site in rounds), mean(site[-1]["end"] for site in rounds)
     n_rounds = len(rounds[0])
-    evaluations = mean(sum(name == "evaluate" for _, name in turns) for turns in sites)
+    evaluations = mean(sum(name == "evaluate" for _, name in phases) for phases in sites)
 
     def seconds_evaluating(one: dict[str, float]) -> float:
         return one["train"] - one["validate"] + (one["predict"] - one["test"]) * (1 + predict_over_test)

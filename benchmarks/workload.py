@@ -17,7 +17,7 @@ CLASSES = 10
 def generate(folder: Path, per_class: dict[str, int]) -> Path:
     """Write learnable images of CIFAR-10's shape as PNG files; does nothing where they are.
 
-    Each class has a smooth pattern of colours; an image is its class's pattern, moved, under noise. Seeded.
+    Each class has a smooth pattern of colors; an image is its class's pattern, moved, under noise. Seeded.
 
     Args:
         folder: gets <split>/<class>/<number>.png.
@@ -42,7 +42,7 @@ def generate(folder: Path, per_class: dict[str, int]) -> Path:
     return folder
 
 
-def take_part(source: Path, folder: Path, divisor: int) -> Path:
+def subset(source: Path, folder: Path, divisor: int) -> Path:
     """A folder with links to the first 1/divisor of each class's images."""
     shutil.rmtree(folder, ignore_errors=True)
     for split in ("train", "test"):

@@ -20,7 +20,7 @@ from rich.text import Text
 PICTURES = Path(__file__).parent / "pictures"
 COLUMNS, LINES = 92, 60
 WIDTH, HEIGHT = 1120, 1500  # pixels of the report that are shown: its head, curves and who holds what
-NAMES = {"default": "", "brown": "yellow"}  # pyte's names of colours -> rich's
+NAMES = {"default": "", "brown": "yellow"}  # pyte's names of colors -> rich's
 
 
 def record(project: Path, flags: list[str], round_: str) -> list[Text]:
@@ -55,8 +55,8 @@ def lines_of(screen: pyte.Screen) -> list[Text]:
         line = Text()
         for column in range(screen.columns):
             char = screen.buffer[number][column]
-            colour = NAMES.get(char.fg, char.fg if char.fg.isalpha() else f"#{char.fg}")
-            line.append(char.data, f"{'bold ' if char.bold else ''}{colour}".strip())
+            color = NAMES.get(char.fg, char.fg if char.fg.isalpha() else f"#{char.fg}")
+            line.append(char.data, f"{'bold ' if char.bold else ''}{color}".strip())
         line.rstrip()
         lines.append(line)
     while lines and not lines[-1].plain:
@@ -72,7 +72,7 @@ def draw(lines: list[Text], title: str, path: Path) -> None:
     console.save_svg(str(path), title="")
 
 
-def photograph(page: Path, path: Path) -> None:
+def screenshot(page: Path, path: Path) -> None:
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if not browser:
         sys.exit("pictures.py: Chromium is not on the PATH: the report was not photographed")
@@ -91,7 +91,7 @@ def main() -> None:
     command = " ".join(["python job.py", *shown])
     draw(running, command, PICTURES / "running.svg")
     subprocess.run([sys.executable, "results.py", "--html"], cwd=project, check=True)
-    photograph((project / "runs" / "latest" / "report.html").resolve(), PICTURES / "report.png")
+    screenshot((project / "runs" / "latest" / "report.html").resolve(), PICTURES / "report.png")
 
 
 if __name__ == "__main__":

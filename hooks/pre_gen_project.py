@@ -26,7 +26,8 @@ def faults(answers: dict[str, Any]) -> list[str]:
 
     slug = answers["project_slug"]
     if not re.fullmatch(SLUG, slug):
-        found.append(f"project_slug is {slug!r}: use 1-64 of a-z, 0-9, -, _; letter first, no - or _ last")
+        rule = "1 to 64 of a-z, 0-9, - and _, starting with a letter and ending with a letter or digit"
+        found.append(f"project_slug is {slug!r}: must be {rule}")
 
     for question, highest in WHOLE_NUMBERS.items():
         answer = str(answers[question])

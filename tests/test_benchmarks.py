@@ -32,24 +32,24 @@ SECONDS = st.floats(0.01, 1000)
 
 
 def made_of(start: float, rounds: int, validate: float, fit: float, test: float, rest: float):
-    """One site's turns in a run that begins at 0, and the moment of its last."""
-    now, turns = start, []
+    """One site's phases in a run that begins at 0, and the moment of its last."""
+    now, phases = start, []
     for _ in range(rounds):
         for name, lasts in (("validate", validate), ("train", fit), ("test", test), ("predict", test + rest)):
-            turns.append((now, name))
+            phases.append((now, name))
             now += lasts
-    return [*turns, (now, "evaluate")], now
+    return [*phases, (now, "evaluate")], now
 
 
 def test_what_a_site_announces_is_read_in_order():
-    turns = timeline.read_turns("\n".join(PROGRESS))
-    assert [name for _, name in turns] == ["validate", "train", "test", "predict", "evaluate"]
-    assert [round(time - turns[0][0], 3) for time, _ in turns] == [0, 0.5, 10.5, 11, 12.75]
+    phases = timeline.read_phases("\n".join(PROGRESS))
+    assert [name for _, name in phases] == ["validate", "train", "test", "predict", "evaluate"]
+    assert [round(time - phases[0][0], 3) for time, _ in phases] == [0, 0.5, 10.5, 11, 12.75]
     assert timeline.read_process_ids(LOG) == {4711}
 
 
 def test_a_round_ends_where_the_next_or_the_evaluation_begins():
-    (one,) = timeline.split_rounds(timeline.read_turns("\n".join(PROGRESS)))
+    (one,) = timeline.split_rounds(timeline.read_phases("\n".join(PROGRESS)))
     assert one["test"] - one["train"] == 10
     assert one["end"] - one["validate"] == 12.75
 
@@ -58,13 +58,13 @@ def test_a_round_ends_where_the_next_or_the_evaluation_begins():
 def test_progress_that_lacks_a_turn_is_refused(lost):
     kept = "\n".join(line for line in PROGRESS if lost not in line)
     with pytest.raises(timeline.IncompleteLog):
-        timeline.split_rounds(timeline.read_turns(kept))
+        timeline.split_rounds(timeline.read_phases(kept))
 
 
 @given(start=SECONDS, end=SECONDS, rounds=st.integers(1, 5), validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
 def test_the_costs_add_up_to_the_wall_and_predict_any_number_of_rounds(start, end, rounds, validate, fit, test, rest):
-    turns, last = made_of(start, rounds, validate, fit, test, rest)
-    cost = timeline.cost(0, last + end, [turns, turns], steps=10, predict_over_test=1)
+    phases, last = made_of(start, rounds, validate, fit, test, rest)
+    cost = timeline.cost(0, last + end, [phases, phases], steps=10, predict_over_test=1)
     assert math.isclose(timeline.predict_wall(cost, rounds), last + end)
     assert math.isclose(cost["overhead_s"], rest, rel_tol=1e-6, abs_tol=1e-6)
     longer, last = made_of(start, 20, validate, fit, test, rest)
@@ -80,9 +80,9 @@ def test_costs_of_few_images_predict_many(start, validate, fit, test, rest):
 
 
 def test_predicting_is_compared_with_testing():
-    turns = [(0, "validate"), (1, "train"), (2, "test"), (6, "predict"), (9, "predicted"), (9.5, "evaluate")]
-    assert timeline.predict_over_test([turns, turns]) == 0.75
-    assert [name for _, name in timeline.without_predicted(turns)][-2:] == ["predict", "evaluate"]
+    phases = [(0, "validate"), (1, "train"), (2, "test"), (6, "predict"), (9, "predicted"), (9.5, "evaluate")]
+    assert timeline.predict_over_test([phases, phases]) == 0.75
+    assert [name for _, name in timeline.without_predicted(phases)][-2:] == ["predict", "evaluate"]
 
 
 def part_of(walls: dict[str, list[float]]) -> dict:
@@ -123,7 +123,7 @@ def test_generated_images_are_the_same_each_time(tmp_path):
 
 def test_a_part_has_the_same_share_of_each_class(tmp_path):
     whole = workload.generate(tmp_path / "whole", {"train": 4, "test": 2})
-    part = workload.take_part(whole, tmp_path / "part", 2)
+    part = workload.subset(whole, tmp_path / "part", 2)
     assert {len(list(one.iterdir())) for one in (part / "train").iterdir()} == {2}
     assert len(list((part / "test").glob("*/*.png"))) == 10
 

@@ -1,6 +1,6 @@
 """Was the federation worth it? `python compare.py [RUN]`: the same training without it; the newest run by default.
 
-Trains the run's model in this one process, without NVFlare, so that a debugger works: centralised, on all sites'
+Trains the run's model in this one process, without NVFlare, so that a debugger works: centralized, on all sites'
 images together, and at every site alone. Images, initial weights, settings, number of epochs (rounds x local epochs)
 and test images are the run's. One thing is not: here an optimizer is kept from beginning to end, as anyone would who
 trains without a federation, while a federated site begins every round with a fresh one.
@@ -37,12 +37,12 @@ from settings import Options
 from trainer import n_images
 
 ROWS = {
-    "centralised": "centralised",
+    "centralized": "centralized",
     "federated": "federated",
     "alone": "alone, own test images",
     "alone_on_all": "alone, all test images",
 }
-COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00")  # Okabe & Ito: the colour-blind can tell them apart
+COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00")  # Okabe & Ito: the color-blind can tell them apart
 console = Console()
 
 
@@ -78,7 +78,7 @@ def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = N
     if data_root:
         options.data_root = os.path.abspath(os.path.expanduser(data_root))
     stages = schema.stages(result)  # the runs that led to this model
-    for name in schema.STAGE:
+    for name in schema.STAGE_OPTIONS:
         values = {str(stage.get(name)) for stage in stages}
         if len(values) > 1 and name != "local_epochs":
             change = f"runs/{folder.name} was resumed with another --{name} ({', '.join(sorted(values))})"
@@ -119,7 +119,7 @@ def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = N
         "epochs": epochs,
         "seed": options.seed,
         "rows": {
-            "centralised": {"all": weighted_mean(central, images), "sites": central},
+            "centralized": {"all": weighted_mean(central, images), "sites": central},
             "federated": {"all": result["test"]["accuracy"], "sites": federated},
             "alone": {"all": weighted_mean(own, images), "sites": own},
             "alone_on_all": {"all": weighted_mean(everywhere, dict.fromkeys(sites, 1)), "sites": everywhere},
@@ -153,7 +153,7 @@ def train(modules: dict[str, Any], epochs: int, options: Options) -> dict[str, A
         task = bar.add_task("", total=sum(steps.values()))
         step_done = LambdaCallback(on_train_batch_end=lambda *_: bar.advance(task))
         for site, module in modules.items():
-            name = f"{site} alone" if site else "centralised"
+            name = f"{site} alone" if site else "centralized"
             bar.update(task, description=name)
             started = time.monotonic()
             torch.manual_seed(options.seed)
@@ -197,7 +197,7 @@ def show(comparison: dict[str, Any]) -> None:
     print(f"\nAgainst staying alone, on each site's own test images: {gain['alone']};", end=" ")
     print(f"{n_gains} of {len(alone)} sites gain")
     print(f"Against staying alone, on all sites' test images: {gain['alone_on_all']}")
-    print(f"Against pooling the images: {gain['centralised']}")
+    print(f"Against pooling the images: {gain['centralized']}")
 
 
 def plot(comparison: dict[str, Any], file: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
     code, out, err = program("first")
     assert (code, err) == (0, "")
     assert [re.sub(r"\d+ s$", "", line) for line in out.splitlines()[:4]] == [
-        "centralised: trained on 1149 images, epochs: 1, steps: 72, ",
+        "centralized: trained on 1149 images, epochs: 1, steps: 72, ",
         "site-1 alone: trained on 383 images, epochs: 1, steps: 24, ",
         "site-2 alone: trained on 383 images, epochs: 1, steps: 24, ",
         "site-3 alone: trained on 383 images, epochs: 1, steps: 24, ",
@@ -72,7 +72,7 @@ def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
         line = next(line for line in out.splitlines() if line.startswith(f"{title}  "))
         assert line.removeprefix(title).split() == [f"{value:.3f}" for value in figures]
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert f"Against pooling the images: {ACCURACY - rows['centralised']['all']:+.3f}" in out
+    assert f"Against pooling the images: {ACCURACY - rows['centralized']['all']:+.3f}" in out
 
 
 def test_the_same_run_gives_the_same_figures(run):
@@ -86,7 +86,7 @@ def test_every_mean_is_that_of_the_federated_figure(run):
     images = {site: test["images"] for site, test in result["test"]["sites"].items()}
     assert len(set(images.values())) > 1
     rows = compare.compare(RunFolder(folder), result)["rows"]
-    for key in ("centralised", "alone"):
+    for key in ("centralized", "alone"):
         values = [rows[key]["sites"][site] for site in images]
         assert rows[key]["all"] == pytest.approx(np.average(values, weights=list(images.values())))
     assert rows["alone_on_all"]["all"] == pytest.approx(np.mean(list(rows["alone_on_all"]["sites"].values())))
@@ -140,7 +140,7 @@ def test_the_baselines_have_the_threads_of_the_sites(run, monkeypatch):
 def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
     folder, result = run()
     compare.compare(RunFolder(folder), {**result, "max_batches": 4})
-    assert "centralised: trained on 1149 images, epochs: 1, steps: 4, " in capsys.readouterr().out
+    assert "centralized: trained on 1149 images, epochs: 1, steps: 4, " in capsys.readouterr().out
 
 
 def test_a_site_without_test_images_has_no_figure(capsys):

@@ -188,7 +188,7 @@ class TestAFinishedRun:
         assert all(seconds > 0 for kinds in timing.values() for seconds in kinds.values())
 
     def test_has_a_receipt_of_all_that_left_the_sites(self, finished):
-        records = [json.loads(line) for line in (self.folder(finished) / "receipt.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (self.folder(finished) / "audit.jsonl").read_text().splitlines()]
         final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
         weights = {name: (list(tensor.shape), tensor.nbytes) for name, tensor in final.items()}
         trained = [record for record in records if record["task"] == "train"]
@@ -231,7 +231,7 @@ class TestAFinishedRun:
         sites = {site: own["accuracy"] for site, own in test["sites"].items()}
         assert comparison["rows"]["federated"] == {"all": test["accuracy"], "sites": sites}
         assert comparison["epochs"] == 2
-        assert comparison["rows"]["centralised"]["all"] > comparison["rows"]["alone_on_all"]["all"]
+        assert comparison["rows"]["centralized"]["all"] > comparison["rows"]["alone_on_all"]["all"]
 
     def test_leaves_no_process(self, finished):
         assert finished.processes() == []
@@ -278,7 +278,7 @@ def test_other_data_and_another_model_need_no_other_change(project):
     compared = project.run("compare.py")
     assert (compared.returncode, compared.stderr) == (0, "")
     rows = json.loads((project.folder / "runs" / "table" / "compare.json").read_text())["rows"]
-    assert rows["centralised"]["all"] > 0.9 and len(rows["alone"]["sites"]) == result["n_clients"]
+    assert rows["centralized"]["all"] > 0.9 and len(rows["alone"]["sites"]) == result["n_clients"]
     check = project.run("job.py", "--check")
     assert check.returncode == 0 and "CHECK PASSED" in check.stdout
 

@@ -22,7 +22,7 @@ def collect(run, num_rounds, sites, patience=None, env="sim"):
 
 
 def failure(run, error):
-    return outcome.failure(RunFolder(run), error, is_of_a_site=False)
+    return outcome.failure(RunFolder(run), error, site_failed=False)
 
 
 def write_rounds(run, records):

@@ -276,7 +276,7 @@ class TestInTheMiddleOfARound:
         self, finished, federation, images, tmp_path
     ):
         project = Project(tmp_path / "project")
-        project.replace("federation/server/heartbeat.py", "SILENCE_S = 60.0", "SILENCE_S = 8.0")  # a short test
+        project.replace("federation/server/heartbeat.py", "LOST_AFTER_S = 60.0", "LOST_AFTER_S = 8.0")  # a short test
         process = self.submit(federation, project)
         federation.kill("south")
         federation.start("south", FL_DATA_ROOT=str(images["south"]))

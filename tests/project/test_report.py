@@ -165,7 +165,7 @@ def written(run):
 class TestAPage:
     def test_has_its_sections_in_order(self, run):
         page = written(run)
-        named = ["learning", "holdings", "confusion", "time", "receipt", "configuration"]
+        named = ["rounds", "distribution", "confusion", "time", "audit", "configuration"]
         assert list(page.sections) == named
         assert "My project" in page.text and "fedavg on digits, iid; run first" in page.text
 
@@ -195,7 +195,7 @@ class TestAPage:
         assert plots[2] == "Images of 10 classes at 3 sites"
 
     def test_has_the_numbers_behind_the_plots(self, run):
-        rows = written(run).rows["learning"]
+        rows = written(run).rows["rounds"]
         assert ["2", "site-2", "0.251", "0.251"] in rows
         assert ["1", "all sites", "0.300", "1.500"] in rows
 
@@ -219,8 +219,8 @@ class TestAPage:
             del result[key]
         save(run, result)
         page = written(run)
-        assert "The loss of the rounds was not recorded." in page.sections["learning"]
-        assert "the server of this run kept no audit log" in page.sections["receipt"]
+        assert "The loss of the rounds was not recorded." in page.sections["rounds"]
+        assert "the server of this run kept no audit log" in page.sections["audit"]
         assert "Unknown" in page.sections["time"]
 
 
@@ -237,23 +237,23 @@ def test_names_can_hold_any_character(tmp_path, monkeypatch):
     assert project in page.text
     assert ["algorithm", "<i>average</i>"] in page.rows["configuration"]
     assert page.plots()[0] == "accuracy by round: all sites, " + ", ".join(sites)
-    legend, _ = page.sections["learning"].split("The numbers behind the plots")
+    legend, _ = page.sections["rounds"].split("The numbers behind the plots")
     for site in sites:
         assert site in legend, site
     for name in NAMES:
-        assert name in page.sections["holdings"], name
+        assert name in page.sections["distribution"], name
 
 
 @pytest.mark.parametrize(("n_sites", "n_classes"), [(1, 1), (1, 2), (12, 10), (40, 30)])
 def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_classes):
     sites = tuple(f"site-{i + 1}" for i in range(n_sites))
     page = written(make_run(tmp_path / "many", sites=sites, classes=[f"class {i}" for i in range(n_classes)]))
-    labels = page.sections["holdings"]
+    labels = page.sections["distribution"]
     assert all(site in labels for site in sites)
     assert all(f"class {i}" in labels for i in range(n_classes))
     assert len(page.html) < 2_000_000
     if n_sites > plots.MAX_LINES:
-        assert "each site" in page.sections["learning"]
+        assert "each site" in page.sections["rounds"]
 
 
 class TestRealSites:
@@ -277,15 +277,15 @@ class TestRealSites:
 
     def test_that_do_not_share_their_counts_have_a_page(self, run):
         page = written(run)
-        assert "Unknown: no site reported its number of images per class." in page.sections["holdings"]
-        assert ["2", "site-2", "0.251", "0.251"] in page.rows["learning"]
+        assert "Unknown: no site reported its number of images per class." in page.sections["distribution"]
+        assert ["2", "site-2", "0.251", "0.251"] in page.rows["rounds"]
 
     def test_that_share_their_counts_are_shown_and_the_others_named(self, run):
         self.share(run, {"site-1": dict.fromkeys(CLASSES, 4), "site-2": {}})
         page = written(run)
         assert "Images of 10 classes at 1 sites" in page.plots()
-        assert "Not reported by: site-2." in page.sections["holdings"]
-        assert page.rows["holdings"] == []
+        assert "Not reported by: site-2." in page.sections["distribution"]
+        assert page.rows["distribution"] == []
 
     def test_without_test_images_have_no_accuracy(self, run):
         result = schema.read(run)
@@ -293,7 +293,7 @@ class TestRealSites:
         result["test"] = {"accuracy": None, "loss": None, "sites": tests, "worst": None}
         save(run, result)
         page = written(run)
-        assert ["site-1", "0", "-", "-"] in page.rows["learning"]
+        assert ["site-1", "0", "-", "-"] in page.rows["rounds"]
         assert "No matrix: no site has test images." in page.sections["confusion"]
 
 
@@ -392,19 +392,19 @@ class TestTheAuditLog:
     def test_has_one_row_per_answer(self, run):
         add_answers(run, ("site-2", answer()), ("site-1", answer()))
         page = written(run)
-        rows = [row for row in page.rows["receipt"] if row[0] == "1"]
+        rows = [row for row in page.rows["audit"] if row[0] == "1"]
         assert [row[1:6] for row in rows] == [
             ["site-1", "train", "list A: 2", "3,400", "val_loss, val_acc"],
             ["site-2", "train", "list A: 2", "3,400", "val_loss, val_acc"],
         ]
-        assert ["model.fc3.weight", "10 × 84", "float32", "3,360"] in page.rows["receipt"]
-        assert "2 answers of 2 sites, 6,800 bytes" in page.sections["receipt"]
-        assert "Every tensor has the name and the shape of a weight" in page.sections["receipt"]
+        assert ["model.fc3.weight", "10 × 84", "float32", "3,360"] in page.rows["audit"]
+        assert "2 answers of 2 sites, 6,800 bytes" in page.sections["audit"]
+        assert "Every tensor has the name and the shape of a weight" in page.sections["audit"]
 
     def test_does_not_claim_more_than_it_lists(self, run):
         """Curves have one line each, and what administrators fetch never comes by."""
         add_answers(run, ("site-1", answer()))
-        text = written(run).sections["receipt"]
+        text = written(run).sections["audit"]
         assert "What is not listed did not arrive" not in text
         assert "Every answer to a task (training, evaluation) is listed" in text
         assert "Of a curve for a tracker only the first message" in text
@@ -413,8 +413,8 @@ class TestTheAuditLog:
     def test_points_to_what_is_not_of_the_model(self, run):
         add_answers(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
         page = written(run)
-        assert "Not a weight of the final model by name and shape: batch." in page.sections["receipt"]
-        assert ["batch", "16 × 3 × 32 × 32", "float32", "196,608"] in page.rows["receipt"]
+        assert "Not a weight of the final model by name and shape: batch." in page.sections["audit"]
+        assert ["batch", "16 × 3 × 32 × 32", "float32", "196,608"] in page.rows["audit"]
 
 
 class TestTheTime:

@@ -251,11 +251,11 @@ class TestTheHeartbeatMonitor:
         sites = Monitored(monkeypatch, ["north"], site_timeout=1e9)
         assert sites.check_at(1) == []
         sites.sites = []
-        assert sites.check_at(1 + heartbeat.SILENCE_S) == []
-        assert sites.check_at(2 + heartbeat.SILENCE_S) == ["north"]
+        assert sites.check_at(1 + heartbeat.LOST_AFTER_S) == []
+        assert sites.check_at(2 + heartbeat.LOST_AFTER_S) == ["north"]
 
     def test_goes_on_after_an_error(self, monkeypatch):
-        monkeypatch.setattr(heartbeat, "ASK_EVERY_S", 0.01)
+        monkeypatch.setattr(heartbeat, "POLL_INTERVAL_S", 0.01)
         asked = threading.Semaphore(0)
 
         class Engine:

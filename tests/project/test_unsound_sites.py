@@ -123,9 +123,7 @@ def test_what_a_model_sends_of_its_own_arrives_and_no_site_is_told_of_another(pr
     )
     run = project.run("job.py", "--dataset", "digits", "--name", "meta")
     assert run.returncode == 0, run.stderr
-    records = [
-        json.loads(line) for line in (project.folder / "runs" / "meta" / "receipt.jsonl").read_text().splitlines()
-    ]
+    records = [json.loads(line) for line in (project.folder / "runs" / "meta" / "audit.jsonl").read_text().splitlines()]
     assert {record["meta"]["scanner"] for record in records if record["task"] == "train"} == {"str, length 4"}
     log = (project.folder / "runs" / "meta" / "log.txt").read_text()
     told = [line.split("told: ")[1] for line in log.splitlines() if "told: " in line]

@@ -19,7 +19,7 @@ ROUNDS = "rounds.jsonl"  # a line per finished round: server/evaluation.py
 EVALUATION = "evaluation.json"  # of the final and of the best model: server/evaluation.py
 REJECTED = "rejected.jsonl"  # answers that were left out: server/answers.py
 FAILURE = "failure.json"  # why the server ended the run: its `reason`
-AUDIT_LOG = "receipt.jsonl"  # what came from each site: server/audit.py
+AUDIT_LOG = "audit.jsonl"  # what came from each site: server/audit.py
 FINAL, BEST = "final.pt", "best.pt"  # state dicts of the global model
 
 # The file in which a site (site/progress.py) and the server (phases starting and done) announce what they are doing.

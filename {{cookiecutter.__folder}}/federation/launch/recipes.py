@@ -19,7 +19,7 @@ from federation.server.aggregation import OrderedMean, OrderedScaffold, StartFro
 from federation.server.answers import AnswerCheck
 from federation.server.audit import AuditLog
 from federation.server.evaluation import FinalEvaluation
-from federation.server.heartbeat import PATIENCE, HeartbeatMonitor
+from federation.server.heartbeat import DEAD_CLIENT_TIMING, HeartbeatMonitor
 from federation.site.host import SiteHost
 from settings import Options
 from trainer import make_model
@@ -68,7 +68,7 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
     recipe._job.to_server(answer_check, id="answer_check")
     recipe._job.to_server(AuditLog(), id="audit_log")
     if options.env != "sim":  # simulated clients that take turns have no process in between; see simulator.py
-        recipe.add_server_config(PATIENCE)
+        recipe.add_server_config(DEAD_CLIENT_TIMING)
         recipe._job.to_server(HeartbeatMonitor(options.site_timeout), id="heartbeat_monitor")
     return recipe
 

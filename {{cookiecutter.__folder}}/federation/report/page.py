@@ -132,13 +132,13 @@ def _audit(run: RunFolder, result: dict[str, Any]) -> dict[str, Any]:
     return {
         "records": records,
         "n_sites": len({record["site"] for record in records}),
-        "foreign": _foreign(run.path / result["model"], records),
-        "tensors": _shared(records, "tensors", lambda n: string.ascii_uppercase[n % 26] * (n // 26 + 1)),
-        "headers": _shared(records, "headers", lambda n: str(n + 1)),
+        "not_in_model": _not_in_model(run.path / result["model"], records),
+        "tensors": _deduplicate(records, "tensors", lambda n: string.ascii_uppercase[n % 26] * (n // 26 + 1)),
+        "headers": _deduplicate(records, "headers", lambda n: str(n + 1)),
     }
 
 
-def _shared(records: list[dict[str, Any]], key: str, label: Callable[[int], str]) -> dict[str, Any]:
+def _deduplicate(records: list[dict[str, Any]], key: str, label: Callable[[int], str]) -> dict[str, Any]:
     """List once what is the same in many records: label -> list. A record then has the label of its own."""
     labels: dict[str, str] = {}
     for record in records:
@@ -147,7 +147,7 @@ def _shared(records: list[dict[str, Any]], key: str, label: Callable[[int], str]
     return {label: json.loads(text) for text, label in labels.items()}
 
 
-def _foreign(model: Path, records: list[dict[str, Any]]) -> list[str]:
+def _not_in_model(model: Path, records: list[dict[str, Any]]) -> list[str]:
     """Names of the received tensors that are not weights of the model, judged by name and shape."""
     import torch
 

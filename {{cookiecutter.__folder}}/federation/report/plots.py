@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 MAX_LINES = 20  # sites with a color and a name of their own in a plot; more are drawn alike
-MAX_NUMBERED = 16  # rows and columns of a heat map up to which each cell has its number
+MAX_ANNOTATED = 16  # rows and columns of a heat map up to which each cell has its number
 LINES = ("-", "--", "-.", ":")  # lines that lie on each other are still seen
 COLORS = {"start": "#b8b8b8", "computing": "#2a78b5", "evaluating": "#e39b2d", "waiting": "#e8e8e8"}  # timing.KINDS
 STYLE = {
@@ -70,7 +70,7 @@ def heat_map(matrix: np.ndarray, rows: list[str], columns: list[str], label: str
         confusion: whether it is a confusion matrix; then a cell is as dark as its share of its row.
     """
     shade = matrix / np.maximum(matrix.sum(axis=1, keepdims=True) if confusion else matrix.max(), 1)
-    numbered = max(matrix.shape) <= MAX_NUMBERED
+    numbered = max(matrix.shape) <= MAX_ANNOTATED
     cell = 0.36 if numbered else 0.24  # inches
     margin = 0.075 * max(len(name) for name in (*rows, *columns)) + 0.6
     size = (max(3.0, cell * len(columns) + margin), max(1.6, cell * len(rows) + margin))

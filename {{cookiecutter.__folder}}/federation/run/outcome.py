@@ -35,7 +35,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         RunError: something is missing.
     """
     server, rounds, patience = run.server, run.rounds(), options.patience
-    stopped_early = patience is not None and len(rounds) < options.num_rounds and _without_gain(rounds) >= patience
+    stopped_early = patience is not None and len(rounds) < options.num_rounds and _rounds_since_best(rounds) >= patience
     if len(rounds) != options.num_rounds and not stopped_early:
         raise RunError(f"only {len(rounds)} of {options.num_rounds} rounds were finished")
     if not (server / protocol.EVALUATION).exists():
@@ -80,13 +80,13 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
     }
 
 
-def failure(run: RunFolder, error: Exception, is_of_a_site: bool) -> str:
+def failure(run: RunFolder, error: Exception, site_failed: bool) -> str:
     """Why a run failed and what is left of it: a site's own error, else the server's reason to end it, else `error`.
 
     The global model after the last finished round is collected as `last.pt`, where there is one.
     """
     reason, left = str(error), ""
-    if (run.server / protocol.FAILURE).exists() and not is_of_a_site:
+    if (run.server / protocol.FAILURE).exists() and not site_failed:
         reason = json.loads((run.server / protocol.FAILURE).read_text(encoding="utf-8"))["reason"]
     if (run.server / protocol.FINAL).exists():
         shutil.copy(run.server / protocol.FINAL, run.last)
@@ -150,7 +150,7 @@ def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _without_gain(rounds: list[dict[str, Any]]) -> int:
+def _rounds_since_best(rounds: list[dict[str, Any]]) -> int:
     """How many rounds there have been since the one with the best validation accuracy."""
     accuracies = [record["metrics"][protocol.METRIC] for record in rounds if protocol.METRIC in record["metrics"]]
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0

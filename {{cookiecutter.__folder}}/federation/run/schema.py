@@ -13,15 +13,15 @@ from federation.run.folder import RunFolder
 from settings import INHERITED, Options
 
 VERSION = 1
-DOMINANT = 0.9  # share of all training images with which a site's say is no longer one among others
+DOMINANT_SHARE = 0.9  # share of all training images with which a site's say is no longer one among others
 MAX_CAVEATS = 20  # about rejected answers
 CONFIGURATION = [each.name for each in fields(Options) if "resume" in each.metadata]  # what defines a training
-STAGE = [  # what may differ between a run and the one that it resumes
+STAGE_OPTIONS = [  # what may differ between a run and the one that it resumes
     each.name
     for each in fields(Options)
     if each.metadata.get("resume") == INHERITED and each.metadata["group"] == "training" and each.name != "num_rounds"
 ]
-LATER = (  # keys that older files lack
+ADDED_KEYS = (  # keys that older files lack
     *("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing", "threads", "total_rounds"),
     "stages",
 )
@@ -52,7 +52,7 @@ def compose(
         "version": VERSION,
         **made_with,
         "resumed": resumed,
-        "stages": [*stages, {"rounds": rounds, **{name: made_with[name] for name in STAGE}}],
+        "stages": [*stages, {"rounds": rounds, **{name: made_with[name] for name in STAGE_OPTIONS}}],
         "device": device,
         **collected,
         "wall_s": round(wall_s, 2),
@@ -88,12 +88,12 @@ def read(run: RunFolder) -> dict[str, Any]:
         entry.setdefault("missing", [])
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
     usual |= {"rejected": [], "images": {}}
-    return {**usual, **dict.fromkeys(LATER), **result}
+    return {**usual, **dict.fromkeys(ADDED_KEYS), **result}
 
 
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The `stages` of a results.json; an older one stands for one of them, as far as it knows."""
-    known = {name: result[name] for name in STAGE if name in result}
+    known = {name: result[name] for name in STAGE_OPTIONS if name in result}
     return result["stages"] or [{"rounds": result["rounds"][-1]["round"], **known}]
 
 
@@ -112,7 +112,7 @@ def caveats(result: dict[str, Any]) -> list[str]:
             found.append(f"the means {after_rounds(entry['round'])} do not cover {', '.join(missing)}")
     train = {site: own["train"] for site, own in result["images"].items()}
     for site, count in train.items():
-        if len(train) > 2 and count > DOMINANT * sum(train.values()):
+        if len(train) > 2 and count > DOMINANT_SHARE * sum(train.values()):
             found.append(f"{site} announced {count:,} of {sum(train.values()):,} training images: can that be?")
     return found
 

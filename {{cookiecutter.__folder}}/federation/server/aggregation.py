@@ -48,7 +48,7 @@ class OrderedMean(ModelAggregator):
 
     def aggregate_model(self) -> FLModel:
         require_majority(len(self.results), self.n_sites, self.fl_ctx)
-        return _described(mean_answer(self.results), self.results)
+        return _add_sites(mean_answer(self.results), self.results)
 
 
 class OrderedScaffold(Scaffold):
@@ -60,7 +60,7 @@ class OrderedScaffold(Scaffold):
     def aggregate(self, results: list[FLModel], aggregate_fn: Any = None) -> FLModel:
         usable = {result.meta["client_name"]: result for result in results if result.params}
         require_majority(len(usable), self.num_clients, self.fl_ctx)
-        return super().aggregate(list(usable.values()), lambda _: _described(mean_answer(usable, aggregate_fn), usable))
+        return super().aggregate(list(usable.values()), lambda _: _add_sites(mean_answer(usable, aggregate_fn), usable))
 
 
 class StartFromCheckpoint(Widget):
@@ -76,7 +76,7 @@ class StartFromCheckpoint(Widget):
             fl_ctx.get_engine().get_component("model").load_state_dict(global_model(fl_ctx))
 
 
-def _described(mean: FLModel, results: dict[str, FLModel]) -> FLModel:
+def _add_sites(mean: FLModel, results: dict[str, FLModel]) -> FLModel:
     """A mean together with what it is made of."""
     mean.meta[SITES] = {
         name: {

@@ -35,7 +35,7 @@ from federation.protocol import (
     write_json,
 )
 
-HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # where training diverged
+DIVERGENCE_HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # where training diverged
 MAX_REASONS = 3  # that a message lists
 
 
@@ -75,7 +75,7 @@ class AnswerCheck(FLComponent):
             if all(torch.isfinite(tensor).all() for tensor in model.values()):
                 save_tensors(run_folder(fl_ctx) / FINAL, model)
             else:
-                reason = f"the global model is not finite after round {self.round}: {HINT}"
+                reason = f"the global model is not finite after round {self.round}: {DIVERGENCE_HINT}"
                 write_json(run_folder(fl_ctx) / FAILURE, {"reason": reason})
                 self.system_panic(reason, fl_ctx)
 
@@ -166,7 +166,7 @@ def require_majority(n_answers: int, n_sites: int, fl_ctx: FLContext, evaluation
         reasons = sorted(f"{record['site']}: {record['reason']}" for record in rejected)
         reason += f" ({'; '.join(reasons[:MAX_REASONS])}{'; ...' if len(reasons) > MAX_REASONS else ''})"
     if "not finite" in reason:
-        reason += f": {HINT}"
+        reason += f": {DIVERGENCE_HINT}"
     write_json(folder / FAILURE, {"reason": reason})
     raise RunError(reason)
 

@@ -18,11 +18,11 @@ from nvflare.apis.shareable import ReturnCode, Shareable
 
 from federation.protocol import BACK, LATE
 
-ASK_EVERY_S = 5.0
-ANSWER_S = 5.0
-SILENCE_S = 60.0  # without an answer for this long, a site is lost to the job
-START_S = 60.0  # more at the beginning: a site imports PyTorch first
-PATIENCE = {  # seconds: NVFlare's own, which begins after that and again in each round; little is needed any more
+POLL_INTERVAL_S = 5.0
+REPLY_TIMEOUT_S = 5.0
+LOST_AFTER_S = 60.0  # without an answer for this long, a site is lost to the job
+STARTUP_GRACE_S = 60.0  # more at the beginning: a site imports PyTorch first
+DEAD_CLIENT_TIMING = {  # seconds; NVFlare adds these after a report, and again in each round: keep them short
     "dead_client_grace_period": 1.0,
     "dead_client_check_lead_time": 5.0,
 }
@@ -61,8 +61,8 @@ class HeartbeatMonitor(FLComponent):
             self.tasks.pop(fl_ctx.get_peer_context().get_identity_name(), None)
 
     def _monitor(self, engine: Any) -> None:
-        self.heard = dict.fromkeys((client.name for client in engine.get_clients()), time.monotonic() + START_S)
-        while not self.over.wait(ASK_EVERY_S):
+        self.heard = dict.fromkeys((client.name for client in engine.get_clients()), time.monotonic() + STARTUP_GRACE_S)
+        while not self.over.wait(POLL_INTERVAL_S):
             with engine.new_context() as fl_ctx:
                 try:
                     self.check(fl_ctx)
@@ -75,7 +75,7 @@ class HeartbeatMonitor(FLComponent):
             targets=list(self.heard),
             topic=ReservedTopic.JOB_HEART_BEAT,  # NVFlare's client answers it, also while it trains
             request=Shareable(),
-            timeout=ANSWER_S,
+            timeout=REPLY_TIMEOUT_S,
             fl_ctx=fl_ctx,
             optional=True,
         )
@@ -87,7 +87,7 @@ class HeartbeatMonitor(FLComponent):
             if site not in self.late and now - since > self.site_timeout:
                 self.late.add(site)
                 self.log_warning(fl_ctx, LATE.format(site, self.site_timeout))
-        silent = {site for site, when in self.heard.items() if now - when > SILENCE_S}
+        silent = {site for site, when in self.heard.items() if now - when > LOST_AFTER_S}
         for site in sorted(silent):
             self.log_warning(fl_ctx, f"no answer from {site} for {now - self.heard[site]:.0f} s")
         for site in sorted(silent | self.late):
