@@ -26,8 +26,7 @@ def faults(answers: dict[str, Any]) -> list[str]:
 
     slug = answers["project_slug"]
     if not re.fullmatch(SLUG, slug):
-        rule = "1 to 64 of a-z, 0-9, - and _, starting with a letter and ending with a letter or digit"
-        found.append(f"project_slug is {slug!r}: must be {rule}")
+        found.append(f"project_slug is {slug!r}: 1 to 64 of a-z 0-9 - _, first a letter, last no - or _")
 
     for question, highest in WHOLE_NUMBERS.items():
         answer = str(answers[question])

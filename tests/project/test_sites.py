@@ -297,7 +297,7 @@ def test_the_health_check_tells_a_server_that_listens_and_a_site_that_is_connect
             run = project.run("deploy/healthy.py", str(tmp_path / name))
             return run.returncode, run.stdout
 
-        assert health("server") == (1, f"nothing listens at port {port}\n")
+        assert health("server") == (1, f"nothing is listening on port {port}\n")
         server.listen()
         assert health("server") == (0, "")
         assert health("client") == (1, f"not connected to localhost:{port}\n")
