@@ -26,7 +26,7 @@ def faults(answers: dict[str, Any]) -> list[str]:
 
     slug = answers["project_slug"]
     if not re.fullmatch(SLUG, slug):
-        found.append(f"project_slug is {slug!r}: 1 to 64 of a-z 0-9 - _, first a letter, last no - or _")
+        found.append(f"project_slug is {slug!r}: 1-64 of a-z, 0-9, -, _; first a letter, last not - or _")
 
     for question, highest in WHOLE_NUMBERS.items():
         answer = str(answers[question])
