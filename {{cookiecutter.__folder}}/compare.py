@@ -1,9 +1,9 @@
-"""Was the federation worth it? `python compare.py [RUN]`: the same training without it; the newest run by default.
+"""Compare a run with centralized and local training: `python compare.py [RUN]`, by default the newest.
 
-Trains the run's model in this one process, without NVFlare, so that a debugger works: centralized, on all sites'
+Trains the run's model again in this one process, without NVFlare, so that a debugger works: centralized, on all sites'
 images together, and at every site alone. Images, initial weights, settings, number of epochs (rounds x local epochs)
-and test images are the run's. One thing is not: here an optimizer is kept from beginning to end, as anyone would who
-trains without a federation, while a federated site begins every round with a fresh one.
+and test images are those of the run. One thing differs: here the optimizer keeps its state from start to end, as it
+would without a federation, while a federated site starts every round with a new one.
 
 Writes `compare.json` and `compare.png` into the run's folder.
 """
@@ -42,36 +42,36 @@ ROWS = {
     "alone": "alone, own test images",
     "alone_on_all": "alone, all test images",
 }
-COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00")  # Okabe & Ito: the color-blind can tell them apart
+COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00")  # Okabe & Ito: safe for color blindness
 console = Console()
 
 
 def main() -> None:
     run = click.Argument(["run"], default="latest")
-    root = click.Option(["--data_root"], help="that of the run  [FL_DATA_ROOT, or where they were]")
-    purpose = "What a run would have been without the federation: the name of a folder under runs/, or the newest."
+    root = click.Option(["--data_root"], help="where the images are  [FL_DATA_ROOT, or the run's]")
+    purpose = "Train a run's model without the federation. RUN is a folder under runs/, by default the newest."
     arguments = read_arguments(Command("compare.py", params=[run, root], help=purpose)).params
     folder = RunFolder.find(arguments["run"])
     result = schema.read(folder)
     if result["env"] == "prod":
-        raise UserError(f"the images of runs/{folder.name} are at its sites: compare a simulated run")
+        raise UserError(f"runs/{folder.name} used images that stay at its sites: choose a simulated run")
     comparison = compare(folder, result, arguments["data_root"] or os.environ.get("FL_DATA_ROOT"))
     write_json(folder.comparison, comparison, indent=2)
     plot(comparison, folder.comparison_plot)
     show(comparison)
-    print(f"{folder.comparison} has all figures, {folder.comparison_plot} the plot")
+    print(f"{folder.comparison} has all numbers, {folder.comparison_plot} the plot")
 
 
 def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = None) -> dict[str, Any]:
-    """Train without the federation, and return what compare.json holds; README.md documents it.
+    """Train without the federation, and return the content of compare.json, which README.md documents.
 
     Args:
-        folder: the run's.
+        folder: the run.
         result: its results.json.
-        data_root: where the images are now; None: where they were.
+        data_root: where the images are now; None: where the run had them.
 
     Raises:
-        UserError: the run's images or its model are not there any more, or not as they were.
+        UserError: the run's images or its model are gone or have changed.
     """
     options = Options.of(result)
     options.gpu = result["device"] != "cpu"
@@ -81,8 +81,8 @@ def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = N
     for name in schema.STAGE_OPTIONS:
         values = {str(stage.get(name)) for stage in stages}
         if len(values) > 1 and name != "local_epochs":
-            change = f"runs/{folder.name} was resumed with another --{name} ({', '.join(sorted(values))})"
-            raise UserError(f"{change}: compare a run that had one")
+            change = f"runs/{folder.name} was resumed with a different --{name} ({', '.join(sorted(values))})"
+            raise UserError(f"{change}: choose a run that kept it")
     import federation.site.quick_start  # noqa: F401 (before Lightning)
 
     # isort: split
@@ -93,9 +93,9 @@ def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = N
     found = distribution.describe(options)
     options.classes = found.classes
     if schema.read_json(folder.partition) != json.loads(json.dumps(dataclasses.asdict(found))):
-        raise UserError(f"the images are not those of runs/{folder.name}: bring them back, or give their --data_root")
+        raise UserError(f"the images differ from those of runs/{folder.name}: restore them, or set --data_root")
     if options.model_class not in model_names(PROJECT / "model.py"):
-        raise UserError(f"runs/{folder.name} trained {options.model_class}, which model.py does not have any more")
+        raise UserError(f"runs/{folder.name} trained {options.model_class}, which is no longer in model.py")
 
     sites = {site: SiteDataModule(site, options) for site in found.sites}
     pooled = SiteDataModule(None, options)
@@ -128,12 +128,12 @@ def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = N
 
 
 def train(modules: dict[str, Any], epochs: int, options: Options) -> dict[str, Any]:
-    """A model for each data module, trained on its images alone. All begin with the federation's initial weights.
+    """Train one model per data module, on its images only. All start from the federation's initial weights.
 
     Args:
-        modules: site -> its data module; the one of all sites together is called "".
+        modules: site -> its data module; "" is that of all sites together.
         epochs: passes over the images.
-        options: the run's.
+        options: of the run.
     """
     import torch
     from pytorch_lightning import seed_everything
@@ -143,11 +143,11 @@ def train(modules: dict[str, Any], epochs: int, options: Options) -> dict[str, A
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    # As many threads as each of the sites had: the last bits depend on it, and small networks gain nothing from more.
+    # As many threads as each site had: the last bits depend on it, and small networks gain nothing from more.
     torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.n_clients))  # or: an older run
     batches = {site: len(module.train_dataloader()) for site, module in modules.items()}
     steps = {site: epochs * min(n, options.max_batches or n) for site, n in batches.items()}
-    one_fit = dataclasses.replace(options, total_rounds=1)  # and so one optimizer, for all epochs
+    one_fit = dataclasses.replace(options, total_rounds=1)  # one optimizer for all epochs
     models = {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=sum(steps.values()))
@@ -161,7 +161,7 @@ def train(modules: dict[str, Any], epochs: int, options: Options) -> dict[str, A
             seed_everything(training_seed(options.seed, site, 0), verbose=False)
             try:
                 make_trainer(options, epochs, [step_done]).fit(model, datamodule=module)
-            except SystemExit:  # what Lightning makes of Ctrl-C
+            except SystemExit:  # Lightning turns Ctrl-C into this
                 raise KeyboardInterrupt from None
             models[site] = model
             effort = f"epochs: {epochs}, steps: {steps[site]}, {time.monotonic() - started:.0f} s"
@@ -170,7 +170,7 @@ def train(modules: dict[str, Any], epochs: int, options: Options) -> dict[str, A
 
 
 def test(model: Any, module: Any, options: Options) -> float | None:
-    """The accuracy on a data module's test images; None if it has none."""
+    """Accuracy on a data module's test images; None if it has none."""
     from trainer import make_trainer
 
     if not n_images(module, "test"):
@@ -179,30 +179,30 @@ def test(model: Any, module: Any, options: Options) -> float | None:
 
 
 def show(comparison: dict[str, Any]) -> None:
-    """Print the table of a compare.json, and what it says."""
+    """Print a compare.json as a table, and the differences that matter."""
     rows = comparison["rows"]
-    sites = list(rows["federated"]["sites"])[: results.MAX_COLUMNS]
-    table = results.new_table(["", "all sites", *sites])
+    sites = rows["federated"]["sites"]
+    table = [["", "all sites", *sites]]
     for key, title in ROWS.items():
-        table.add_row(title, *map(as_text, [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)]))
-    is_cut = len(sites) < len(rows["federated"]["sites"])
+        table.append([title, *map(as_text, [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)])])
+    worst = min((site for site in sites if sites[site] is not None), key=sites.__getitem__, default="")
     title = f"Test accuracy ({comparison['model_class']}, epochs: {comparison['epochs']})"
-    results.print_table(title, table, "compare.json" if is_cut else None)
+    shown = results.print_table(title, table, ("", "all sites", worst))
+    results.print_omitted("compare.json", sites=(len(shown) - 2, len(sites)))
     federated = rows["federated"]["all"]
     if federated is None:
         return
     gain = {key: f"{federated - rows[key]['all']:+.3f}" for key in ROWS}
     alone = {site: value for site, value in rows["alone"]["sites"].items() if value is not None}
     n_gains = sum(rows["federated"]["sites"][site] > value for site, value in alone.items())
-    print(f"\nAgainst staying alone, on each site's own test images: {gain['alone']};", end=" ")
-    print(f"{n_gains} of {len(alone)} sites gain")
-    print(f"Against staying alone, on all sites' test images: {gain['alone_on_all']}")
-    print(f"Against pooling the images: {gain['centralized']}")
+    print(f"\nFederated minus alone, own test images: {gain['alone']} ({n_gains} of {len(alone)} sites gain)")
+    print(f"Federated minus alone, all test images: {gain['alone_on_all']}")
+    print(f"Federated minus centralized: {gain['centralized']}")
 
 
 def plot(comparison: dict[str, Any], file: Path) -> None:
-    """Draw the table: a group of bars for all sites, and one for each of them."""
-    from matplotlib.figure import Figure  # without pyplot, no window is ever opened
+    """Plot the table: one group of bars for all sites, and one per site."""
+    from matplotlib.figure import Figure  # not pyplot, which may open a window
 
     rows = comparison["rows"]
     sites = list(rows["federated"]["sites"])

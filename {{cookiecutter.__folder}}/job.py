@@ -177,7 +177,7 @@ def check(options: Options) -> int:
         from federation.run import outcome
 
         if fault := outcome.find_fault(run, result, options, list(distribution.sites)):
-            raise RunError(f"{fault}\nThe whole log: {run.log}")
+            raise RunError(f"{fault}\nFull log: {run.log}")
     except (UserError, RunError, OSError) as error:
         print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
         return 1

@@ -68,8 +68,8 @@ REFUSED = {
         ["--resume", "nowhere"],
         "--resume nowhere: ",
     ),
-    "a run that was broken off": (["--resume", "broken"], "runs/broken/results.json is not there: finish a run"),
-    "a run of a newer version": (["--resume", "newer"], "has version 99, and this project reads up to 1"),
+    "a run that was broken off": (["--resume", "broken"], "runs/broken/results.json does not exist: finish a run"),
+    "a run of a newer version": (["--resume", "newer"], "has version 99, but this project reads up to 1"),
     "a result that is none": (["--resume", "none"], "runs/none/results.json is broken"),
     "going on from elsewhere": (["--resume", "/nowhere/first/"], "--resume /nowhere/first/: "),
     "going on with other data": (
@@ -156,7 +156,7 @@ def test_a_run_goes_on_by_its_path_as_a_shell_completes_it(runs, monkeypatch, pa
 
 
 BROKEN = {
-    "no list of images": ("partition.json", None, "partition.json is not there"),
+    "no list of images": ("partition.json", None, "partition.json does not exist"),
     "a list of images that was cut short": ("partition.json", '{"cla', "partition.json is broken"),
     "a model that was cut short": ("final.pt", "PK", "its model does not load into LitNet"),
 }

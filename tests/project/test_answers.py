@@ -113,8 +113,8 @@ UNSOUND = {
     "a missing tensor": (trained({"w": WEIGHTS["w"]}), "tensor n is missing"),
     "text for a tensor": (trained(changed(w="weights")), "w is not a tensor"),
     "no weights": (trained({}), "tensor n is missing"),
-    "a change for weights": (trained(kind=DataKind.WEIGHT_DIFF), "it does not have what was asked for, WEIGHTS"),
-    "an answer to another round": (trained(round_=3), "it is of round 3, not 0"),
+    "a change for weights": (trained(kind=DataKind.WEIGHT_DIFF), "its data kind is not WEIGHTS"),
+    "an answer to another round": (trained(round_=3), "it is for round 3, not 0"),
     "more images than announced": (
         trained(**{COUNT: 10**12}),
         "its number of train images is 1000000000000, which is not within 1 to 1000000000",
@@ -150,7 +150,7 @@ UNSOUND_EVALUATIONS = {
     "a test accuracy beyond one": (evaluated(test_acc=2.0), "test_acc is 2, which is not within 0 to 1"),
     "text for images of a class": (evaluated(**{"holds cat": "many"}), "holds cat is str, not a number"),
     "a fraction of an image": (evaluated(**{"holds cat": 0.5}), "holds cat is float, not a whole number"),
-    "an unknown class": (evaluated(**{"holds [/x]": 1}), "it has images of an unknown class '[/x]'"),
+    "an unknown class": (evaluated(**{"holds [/x]": 1}), "it counts images of an unknown class '[/x]'"),
 }
 
 
@@ -163,7 +163,7 @@ def test_an_unsound_answer_to_an_evaluation_is_rejected(server, fault):
 def test_fedopts_sites_send_their_change_and_nothing_else(server):
     server = server("fedopt")
     assert server.receive(trained(kind=DataKind.WEIGHT_DIFF)) is None
-    assert server.receive(trained()) == "it does not have what was asked for, WEIGHT_DIFF"
+    assert server.receive(trained()) == "its data kind is not WEIGHT_DIFF"
 
 
 def test_an_answer_in_another_format_is_rejected(server):

@@ -72,7 +72,7 @@ def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
         line = next(line for line in out.splitlines() if line.startswith(f"{title}  "))
         assert line.removeprefix(title).split() == [f"{value:.3f}" for value in figures]
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert f"Against pooling the images: {ACCURACY - rows['centralized']['all']:+.3f}" in out
+    assert f"Federated minus centralized: {ACCURACY - rows['centralized']['all']:+.3f}" in out
 
 
 def test_the_same_run_gives_the_same_figures(run):
@@ -125,7 +125,7 @@ def test_a_run_that_changed_its_learning_rate_on_the_way_is_refused(run, program
     stage = {"rounds": 1, "local_epochs": 1, "batch_size": 16}
     stages = [{**stage, "learning_rate": 0.01}, {**stage, "learning_rate": 0.1}]
     (folder / "results.json").write_text(json.dumps({**result, "stages": stages}))
-    message = "runs/first was resumed with another --learning_rate (0.01, 0.1): compare a run that had one"
+    message = "runs/first was resumed with a different --learning_rate (0.01, 0.1): choose a run that kept it"
     assert message in refused(program, folder, "first")
 
 
@@ -152,6 +152,21 @@ def test_a_site_without_test_images_has_no_figure(capsys):
     out = capsys.readouterr().out
     assert re.search(r"^federated +0\.500 +0\.500 +-$", out, re.MULTILINE)
     assert "0 of 1 sites gain" in out
+
+
+@pytest.mark.parametrize("n_sites", [2, 8, 20, 100])
+def test_its_table_has_the_sites_that_fit_and_the_worst(capsys, monkeypatch, n_sites):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"all": 0.5, "sites": {f"site-{i}": 1 - i / 1000 for i in range(1, n_sites + 1)}}
+    compare.show({"epochs": 1, "model_class": "LitNet", "rows": dict.fromkeys(compare.ROWS, row)})
+    lines = capsys.readouterr().out.splitlines()
+    shown = [1, 2] if n_sites == 2 else [1, 2, 3, 4, 5, n_sites]
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split() == ["all", "sites", *(f"site-{i}" for i in shown)]
+    for title, line in zip(compare.ROWS.values(), lines[4:8], strict=True):
+        assert line.removeprefix(title).split() == ["0.500", *(f"{1 - i / 1000:.3f}" for i in shown)]
+    omitted = f"(not shown: {n_sites - 6} of {n_sites} sites; compare.json has all)"
+    assert (omitted in lines) == (n_sites > 2)
 
 
 def test_its_plot_shows_sites_without_test_images(tmp_path):
@@ -186,20 +201,22 @@ def refused(program, folder, *arguments) -> str:
 
 
 def test_no_run_is_refused(run, program, tmp_path):
-    assert "latest/results.json is not there: finish a run with python job.py" in refused(program, tmp_path)
-    assert "other/results.json is not there" in refused(program, tmp_path, "other")
+    assert "latest/results.json does not exist: finish a run with python job.py" in refused(program, tmp_path)
+    assert "other/results.json does not exist" in refused(program, tmp_path, "other")
 
 
 def test_a_run_of_real_sites_is_refused(run, program):
     folder, result = run()
     (folder / "results.json").write_text(json.dumps({**result, "env": "prod"}))
-    assert "the images of runs/first are at its sites" in refused(program, folder, "first")
+    assert "runs/first used images that stay at its sites" in refused(program, folder, "first")
 
 
 def test_an_unfinished_run_is_refused(run, program):
     folder, _ = run()
     (folder / "results.json").unlink()
-    assert "first/results.json is not there: finish a run with python job.py" in refused(program, folder, "runs/first/")
+    assert "first/results.json does not exist: finish a run with python job.py" in refused(
+        program, folder, "runs/first/"
+    )
 
 
 def test_a_run_whose_images_are_gone_is_refused(run, program, tmp_path):
@@ -222,13 +239,13 @@ def test_a_run_whose_images_have_changed_is_refused(run, program):
     partition = json.loads((folder / "partition.json").read_text())
     partition["sites"]["site-1"]["train"].pop()
     (folder / "partition.json").write_text(json.dumps(partition))
-    assert "the images are not those of runs/first" in refused(program, folder, "first")
+    assert "the images differ from those of runs/first" in refused(program, folder, "first")
 
 
 def test_a_run_of_a_model_that_is_gone_is_refused(run, program):
     folder, result = run()
     (folder / "results.json").write_text(json.dumps({**result, "model_class": "LitOld"}))
-    assert "LitOld, which model.py does not have any more" in refused(program, folder, "first")
+    assert "LitOld, which is no longer in model.py" in refused(program, folder, "first")
 
 
 def test_a_wrong_flag_is_refused(program, tmp_path):

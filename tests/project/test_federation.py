@@ -258,7 +258,7 @@ def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
     lines = run.stderr.strip().splitlines()
     assert re.fullmatch(r"job.py: site-[12] failed: RuntimeError: boom at the site \(model.py, line \d+\)", lines[0])
     assert re.match(r"  model.py, line \d+, in training_step: raise RuntimeError", lines[-2])
-    assert lines[-1].startswith("The whole log: runs/")
+    assert lines[-1].startswith("Full log: runs/")
     assert project.processes() == []
 
 
@@ -341,4 +341,4 @@ def test_the_check_does_not_pass_where_training_changes_nothing(project):
     project.replace("model.py", "lr=self.options.learning_rate", "lr=0.0")
     run = project.run("job.py", "--check", "--dataset", "digits")
     assert run.returncode == 1
-    assert "NOT VERIFIED: the new global model is the same as the initial one" in run.stderr
+    assert "NOT VERIFIED: the final model is the same as the initial one" in run.stderr

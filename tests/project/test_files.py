@@ -99,7 +99,7 @@ class TestARun:
     @pytest.mark.parametrize("name", ["nowhere", "unfinished", "runs/unfinished/file"])
     def test_without_a_result_is_refused_in_one_line(self, runs, name):
         (RunFolder.create("unfinished").path / "file").touch()
-        with pytest.raises(UserError, match=r"^/.*/results.json is not there: finish a run with python job.py$"):
+        with pytest.raises(UserError, match=r"^/.*/results.json does not exist: finish a run with python job.py$"):
             RunFolder.find(name)
 
     def test_has_the_records_of_the_rounds_so_far(self, tmp_path):

@@ -399,4 +399,4 @@ def test_a_model_file_that_cannot_be_imported_is_refused(with_others):
 def test_without_a_run_results_says_what_to_do(project):
     run = project.run("results.py")
     assert run.returncode == 2
-    assert run.stderr.endswith("is not there: finish a run with python job.py\n")
+    assert run.stderr.endswith("does not exist: finish a run with python job.py\n")

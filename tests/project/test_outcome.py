@@ -67,7 +67,7 @@ def test_a_site_that_took_no_part_is_named(run):
 
 
 def test_rounds_that_are_missing_are_a_fault(run):
-    with pytest.raises(RunError, match="only 1 of 2 rounds were finished"):
+    with pytest.raises(RunError, match="only 1 of 2 rounds finished"):
         collect(run, 2, list(REPORTS))
 
 
@@ -136,6 +136,6 @@ def test_patience_counts_the_rounds_since_the_best(run):
     write_rounds(
         run, [{"round": k, "metrics": {"val_acc": a}, "sites": {}, "rejected": []} for k, a in enumerate(accuracies)]
     )
-    with pytest.raises(RunError, match="only 4 of 9 rounds were finished"):
+    with pytest.raises(RunError, match="only 4 of 9 rounds finished"):
         collect(run, 9, list(REPORTS), patience=3)
     assert collect(run, 9, list(REPORTS), patience=2)["stopped_early"]

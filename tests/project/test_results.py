@@ -76,7 +76,7 @@ class TestASchema:
 
 
 BROKEN = {
-    "newer": ('{"version": 99}', "has version 99, and this project reads up to 1"),
+    "newer": ('{"version": 99}', "has version 99, but this project reads up to 1"),
     "cut short": ('{"version": 1, "rou', "is broken: run python job.py again"),
 }
 
@@ -97,7 +97,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(runs, program, fault,
 def test_a_run_that_is_not_there_is_refused_in_one_line(runs, program):
     code, out, err = program("first", "second")
     assert (code, out) == (2, "")
-    assert err == f"results.py: {runs / 'second' / 'results.json'} is not there: finish a run with python job.py\n"
+    assert err == f"results.py: {runs / 'second' / 'results.json'} does not exist: finish a run with python job.py\n"
 
 
 @pytest.mark.parametrize("path", ["first/", "runs/first", "runs/first/", "./runs/first/", "runs/latest/"])
@@ -114,7 +114,7 @@ def test_a_run_is_named_by_its_path_as_a_shell_completes_it(tmp_path, monkeypatc
 def test_a_path_that_is_no_run_is_refused_in_one_line(runs, program):
     code, out, err = program(f"{runs}/elsewhere/")
     assert (code, out) == (2, "")
-    assert err == f"results.py: {runs}/elsewhere/results.json is not there: finish a run with python job.py\n"
+    assert err == f"results.py: {runs}/elsewhere/results.json does not exist: finish a run with python job.py\n"
 
 
 def test_an_older_run_is_shown(runs, program):
@@ -154,6 +154,96 @@ def test_a_metric_that_is_missing_is_a_dash(runs, program):
     test = json.loads(OLDER.read_text(encoding="utf-8"))["test"]
     add_run(runs / "second", test={**test, "loss": None})
     assert "loss -" in program("second")[1]
+
+
+class TestATable:
+    """On a screen of 80 columns, no name and no number is cut or wrapped."""
+
+    CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+    @pytest.fixture(autouse=True)
+    def screen(self, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+
+    @pytest.fixture
+    def show(self, runs, program):
+        """Show a run of so many sites, of which the last is the worst: the lines of its two tables."""
+
+        def make(n_sites, n_rounds=3, classes=self.CLASSES):
+            own = {f"site-{i}": 1 - i / 1000 for i in range(1, n_sites + 1)}
+            rounds = [{"round": number, "accuracy": 0.5, "sites": own} for number in range(n_rounds + 1)]
+            sites = {site: {"accuracy": accuracy, "loss": 1.0, "images": 9} for site, accuracy in own.items()}
+            test = {"accuracy": 0.5, "loss": 1.0, "sites": sites, "worst": f"site-{n_sites}"}
+            add_run(runs / "many", rounds=rounds, test=test, best={"round": 2, "model": "best.pt", "test": test})
+            counts = {site: dict.fromkeys(classes, 1000) for site in own}
+            (runs / "many" / "partition.json").write_text(json.dumps({"counts": counts}), encoding="utf-8")
+            lines = program("many")[1].splitlines()
+            assert max(map(len, lines)) <= 80
+            accuracies = lines.index("Accuracy of the global model (image_folder, dirichlet)")
+            return lines[:accuracies], lines[accuracies:]
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("n_sites", "shown"),
+        [(1, [1]), (2, [1, 2]), (8, [1, 2, 3, 4, 5, 6, 8]), (20, [*range(1, 7), 20]), (100, [*range(1, 7), 100])],
+    )
+    def test_of_accuracies_has_the_sites_that_fit_and_the_worst(self, show, n_sites, shown):
+        _, (_, header, _, *lines) = show(n_sites)
+        assert header.split() == ["all", "sites", *(f"site-{i}" for i in shown)]
+        labels = ["untrained", "after round 1", "after round 2", "after round 3", "final test", "best test (round 2)"]
+        rows = [line for line in lines if line.startswith(tuple(labels))]
+        assert len(rows) == len(labels)
+        for label, row in zip(labels, rows, strict=True):
+            assert row.removeprefix(label).split() == ["0.500", *(f"{1 - i / 1000:.3f}" for i in shown)]
+        omitted = [line for line in lines if "not shown" in line]
+        missing = n_sites - len(shown)
+        assert omitted == ([f"(not shown: {missing} of {n_sites} sites; results.json has all)"] if missing else [])
+
+    def test_of_accuracies_has_the_first_and_the_last_rounds(self, show):
+        _, lines = show(2, n_rounds=100)
+        after = [line.split()[2] for line in lines if line.startswith("after round")]
+        assert after == [str(number) for number in range(82, 101)]
+        assert lines[3].startswith("untrained")
+        assert "(not shown: 81 of 101 rounds; results.json has all)" in lines
+
+    @pytest.mark.parametrize(("n_sites", "n_shown"), [(2, 2), (8, 8), (20, 20), (100, 20)])
+    def test_of_images_has_whole_names_of_classes(self, show, n_sites, n_shown):
+        (_, _, header, _, *lines), _ = show(n_sites)
+        assert header.split() == ["site", *self.CLASSES, "all"]
+        rows = [line.split() for line in lines if line.startswith("site-")]
+        assert rows == [[f"site-{i}", *["1000"] * 10, "10000"] for i in range(1, n_shown + 1)]
+        omitted = [line for line in lines if "not shown" in line]
+        assert omitted == (["(not shown: 80 of 100 sites; partition.json has all)"] if n_sites == 100 else [])
+
+    def test_of_images_has_the_classes_that_fit(self, show):
+        classes = ["adenocarcinoma", "large cell carcinoma", "squamous cell carcinoma", "small cell carcinoma", "none"]
+        (_, _, header, _, *lines), _ = show(3, classes=classes)
+        assert header.split() == ["site", *" ".join(name for name in classes if "small" not in name).split(), "all"]
+        assert lines[0].split() == ["site-1", *["1000"] * 4, "5000"]
+        assert "(not shown: 1 of 5 classes; partition.json has all)" in lines
+
+    def test_of_runs_that_do_not_fit_is_followed_by_another(self, runs, program):
+        names = [f"20260101-12000{i}" for i in range(9)]
+        for i, name in enumerate(names):
+            add_run(runs / name, seed=i)
+        lines = program(*names)[1].splitlines()
+        assert max(map(len, lines)) <= 80
+        assert [name for line in lines for name in line.split() if name.startswith("2026")] == names
+        seeds = [line.split()[1:] for line in lines if line.startswith("seed ")]
+        assert len(seeds) > 1 and sum(seeds, []) == [str(i) for i in range(9)]
+
+    def test_has_one_wide_name_where_it_must(self, runs, program):
+        """Better beyond the edge of the screen than not at all."""
+        result = json.loads(OLDER.read_text(encoding="utf-8"))
+        name = "the-hospital-" * 8
+        for entry in (*result["rounds"], result["test"]):
+            entry["sites"][name] = entry["sites"].pop("site-3")
+        add_run(runs / "wide", rounds=result["rounds"], test={**result["test"], "worst": name})
+        (runs / "wide" / "partition.json").write_text('{"counts": {}}', encoding="utf-8")
+        lines = program("wide")[1].splitlines()
+        assert lines[2].split() == ["all", "sites", name]
+        assert "(not shown: 2 of 3 sites; results.json has all)" in lines
 
 
 MARKUP = "[/x]"  # rich would take it for the end of a style that never began, and raise
@@ -224,7 +314,7 @@ class TestCaveats:
     def test_name_lost_sites_and_rejected_answers(self, runs, program):
         add_run(runs / "second", lost=["site-3"], rejected=[self.REJECTED, {**self.REJECTED, "round": None}])
         _, out, _ = program("second")
-        assert "WARNING: no final evaluation from site-3: the means do not cover them\n" in out
+        assert "WARNING: no final evaluation from site-3: the means exclude them\n" in out
         told = "WARNING: the server rejected the answer of site-2 in {}: tensor fc1.weight is not finite\n"
         assert told.format("round 2") in out and told.format("an evaluation") in out
 
@@ -233,13 +323,13 @@ class TestCaveats:
         rounds[1]["missing"] = ["site-2", "site-3"]
         add_run(runs / "second", lost=["site-3"], rounds=rounds)
         _, out, _ = program("second")
-        assert "WARNING: the means after round 1 do not cover site-2\n" in out
+        assert "WARNING: the means after round 1 exclude site-2\n" in out
 
     def test_are_few_even_where_the_faults_are_many(self, runs, program):
         add_run(runs / "second", rejected=[self.REJECTED] * 1000)
         _, out, _ = program("second")
         assert out.count("WARNING") == 21
-        assert "WARNING: and 980 more rejected answers: results.json has all\n" in out
+        assert "WARNING: 980 more rejected answers: see results.json\n" in out
 
     def test_are_on_the_page_too(self, runs, program):
         add_run(runs / "second", rejected=[self.REJECTED])
@@ -252,7 +342,7 @@ class TestCaveats:
     def test_ask_about_a_site_that_would_outweigh_all_others(self, runs, program):
         sound = {f"site-{k}": {"train": 800, "val": 200} for k in (1, 2)}
         add_run(runs / "second", images={**sound, "site-3": {"train": 10**9, "val": 1}})
-        assert "WARNING: site-3 announced 1,000,000,000 of 1,000,001,600 training images" in program("second")[1]
+        assert "WARNING: site-3 reported 1,000,000,000 of all 1,000,001,600 training images" in program("second")[1]
         add_run(runs / "third", images={**sound, "site-3": {"train": 9000, "val": 1}})
         assert "WARNING" not in program("third")[1]
 

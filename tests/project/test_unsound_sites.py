@@ -51,7 +51,7 @@ def test_a_round_goes_on_without_the_site_whose_answer_cannot_be_used(project):
     reason = "tensor model.fc3.bias is not finite"
     assert f"site-3: answer rejected: {reason}\n" in run.stdout
     assert f"WARNING: the server rejected the answer of site-3 in round 2: {reason}\n" in run.stdout
-    assert "WARNING: the means after round 1 do not cover site-3\n" in run.stdout
+    assert "WARNING: the means after round 1 exclude site-3\n" in run.stdout
     result = result_of(project, "one")
     assert result["rejected"] == [{"round": 1, "site": "site-3", "task": "train", "reason": reason}]
     assert [entry["missing"] for entry in result["rounds"]] == [[], ["site-3"], [], []]
@@ -68,7 +68,7 @@ def test_a_run_ends_where_too_few_sites_are_left_and_keeps_its_last_model(projec
     first, kept, log = run.stderr.splitlines()
     assert first.startswith("job.py: round 2: 1 of 3 sites sent a usable answer, and more than half must (site-1: ")
     assert "site-3: tensor model.fc3.bias is not finite): lower --learning_rate" in first
-    assert kept == "runs/two/last.pt is the global model after the last round that was finished"
+    assert kept == "runs/two/last.pt is the global model after the last finished round"
     last = torch.load(project.folder / "runs" / "two" / "last.pt", weights_only=True)
     initial = torch.load(project.folder / "runs" / "two" / "bundle" / "initial.pt", weights_only=True)
     assert not torch.equal(last["model.fc3.bias"], initial["model.fc3.bias"])

@@ -1,4 +1,4 @@
-"""The folder of a run, `runs/<name>/`: every path in it, by name."""
+"""All paths in a run's folder, `runs/<name>/`."""
 
 import os
 import shutil
@@ -10,34 +10,34 @@ from federation.errors import UserError
 from federation.protocol import AUDIT_LOG, BEST, FINAL, PROGRESS, ROUNDS, JsonLines
 
 PROJECT = Path(__file__).resolve().parents[2]
-RUNS = Path("runs")  # in the project's folder, which job.py works in
-LATEST = "latest"  # link to the newest run that has a result
+RUNS = Path("runs")  # relative to the project, job.py's working directory
+LATEST = "latest"  # link to the newest finished run
 
 
 class RunFolder:
-    """A run's paths. Which of the files there are depends on how far the run has come.
+    """The paths of a run. Which of them exist depends on how far the run has come.
 
-    A new run's are relative to the project, as NVFlare bundles files only by a relative path.
+    Those of a new run are relative to the project, because NVFlare bundles files only by relative path.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self.log = path / "log.txt"  # NVFlare's
-        # Before it starts
+        # Before the run
         self.partition = path / "partition.json"  # images per site and class
-        self.bundle = path / "bundle"  # travels with the job, next to its code
-        self.job = path / "job"  # all that the server and the sites get
-        # While it runs
-        self.workspace = path / "workspace"  # a folder for the server and one for each site
-        self.server = self.workspace / "server" / "simulate_job"  # the server's own results
-        self.poc = path / "federation"  # a POC's start-up kits, in which its server and sites work
-        # At its end
+        self.bundle = path / "bundle"  # files that travel with the job, besides its code
+        self.job = path / "job"  # what the server and the sites receive
+        # During the run
+        self.workspace = path / "workspace"  # one folder for the server and one per site
+        self.server = self.workspace / "server" / "simulate_job"  # the server's run folder
+        self.poc = path / "federation"  # startup kits of a POC, where its server and sites work
+        # After the run
         self.results = path / "results.json"
         self.final, self.best = path / FINAL, path / BEST  # global models
-        self.last = path / "last.pt"  # of a run that failed: the global model after its last finished round
+        self.last = path / "last.pt"  # failed run: global model after the last finished round
         self.audit_log = path / AUDIT_LOG
         self.tensorboard = path / "tensorboard"
-        # By results.py and compare.py
+        # Written by results.py and compare.py
         self.report = path / "report.html"
         self.comparison, self.comparison_plot = path / "compare.json", path / "compare.png"
         self._rounds: list[Any] = []
@@ -45,10 +45,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, name: str | None, overwrite: bool = False) -> "RunFolder":
-        """Make a new folder under runs/, by default named by date and time; `overwrite` removes the old one first.
+        """Create a folder under runs/, by default named by date and time; `overwrite` removes an existing one first.
 
         Raises:
-            UserError: there is one of that name.
+            UserError: the folder exists.
         """
         RUNS.mkdir(exist_ok=True)
         while True:
@@ -65,7 +65,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, name: str) -> "RunFolder":
-        """The folder of a finished run, by its name or by its path, as a shell completes it: `first`, `runs/first/`.
+        """The folder of a finished run, given its name or its path as a shell completes it: `first`, `runs/first/`.
 
         Raises:
             UserError: there is no such run, or it has no result.
@@ -73,7 +73,7 @@ class RunFolder:
         path = Path(name)
         run = cls((PROJECT / RUNS / path if len(path.parts) == 1 else path).resolve())
         if not run.results.is_file():
-            raise UserError(f"{run.results} is not there: finish a run with python job.py")
+            raise UserError(f"{run.results} does not exist: finish a run with python job.py")
         return run
 
     def point_latest(self) -> None:
@@ -86,10 +86,10 @@ class RunFolder:
         return self.workspace / site / "log.txt"
 
     def progress(self, site: str) -> Path:
-        """What a site does: site/progress.py."""
+        """What a site is doing; written by site/progress.py."""
         return self.workspace / site / "simulate_job" / PROGRESS
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The records of the rounds so far (server/evaluation.py). It reads only what is new."""
+        """The rounds finished so far, as server/evaluation.py records them. Reads only new lines."""
         self._rounds += self._new_rounds.read()
         return self._rounds

@@ -1,12 +1,12 @@
-"""The mean of the sites' metrics, and how a metric is written."""
+"""Mean and text form of the sites' metrics."""
 
 
 def weighted_mean(values: dict[str, float | None], weights: dict[str, int]) -> float | None:
-    """The mean over the sites that have a value; None if none has, as for a metric that the model does not log.
+    """Mean over the sites that have a value; None if no site has one, as for a metric that the model does not log.
 
     Args:
         values: site -> metric.
-        weights: site -> number of images that it was measured on.
+        weights: site -> number of images behind the metric.
     """
     known = {site: value for site, value in values.items() if value is not None}
     total = sum(weights[site] for site in known)
@@ -14,5 +14,5 @@ def weighted_mean(values: dict[str, float | None], weights: dict[str, int]) -> f
 
 
 def as_text(value: float | None) -> str:
-    """Three decimals; a dash where there is none."""
+    """Three decimals, or a dash for None."""
     return "-" if value is None else f"{value:.3f}"

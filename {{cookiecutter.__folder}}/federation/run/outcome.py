@@ -1,4 +1,4 @@
-"""Collect the files of a finished run, compute its metrics, and judge it."""
+"""Collect the files of a finished run, compute its metrics, and check that it worked."""
 
 import hashlib
 import json
@@ -19,25 +19,24 @@ from trainer import make_model
 
 
 def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any]:
-    """Collect what the server wrote: the metrics of every round, the final model and the best one.
+    """Collect what the server wrote: metrics of every round, the final model, the best model, the audit log.
 
     Args:
-        run: the run's folder; `final.pt` and `best.pt`, plain dicts of tensors, and the audit log are written into it.
-        options: the run's. With `patience` there may be fewer rounds; outside the simulator sites may have been lost.
-        sites: whom the job was sent to.
+        run: receives `final.pt` and `best.pt`, plain state dicts, and the audit log.
+        options: of the run. With `patience` there may be fewer rounds; outside the simulator, sites may be lost.
+        sites: the sites that the job was sent to.
 
     Returns:
         `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images` and `timing`, as
-        README.md documents them, and `counts`: site -> class -> number of images, where real sites
-        have told, else empty.
+        README.md documents them, and `counts`: site -> class -> number of images, empty unless real sites report it.
 
     Raises:
-        RunError: something is missing.
+        RunError: rounds or the final evaluation are missing.
     """
     server, rounds, patience = run.server, run.rounds(), options.patience
     stopped_early = patience is not None and len(rounds) < options.num_rounds and _rounds_since_best(rounds) >= patience
     if len(rounds) != options.num_rounds and not stopped_early:
-        raise RunError(f"only {len(rounds)} of {options.num_rounds} rounds were finished")
+        raise RunError(f"only {len(rounds)} of {options.num_rounds} rounds finished")
     if not (server / protocol.EVALUATION).exists():
         raise RunError("no site evaluated the final model")
     evaluation = json.loads((server / protocol.EVALUATION).read_text(encoding="utf-8"))
@@ -53,7 +52,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
     shutil.copy(server / (protocol.FINAL if best["round"] == final["round"] else protocol.BEST), run.best)
     if (server / protocol.AUDIT_LOG).exists():
         shutil.copy(server / protocol.AUDIT_LOG, run.audit_log)
-    # A round's record, counted from 0, has what the sites said of the model that they got: the one before the round.
+    # In a round's record (from 0), sites validate the model that they received: the one before that round.
     curve = {record["round"]: {site: own["metrics"] for site, own in record["sites"].items()} for record in rounds}
     curve[final["round"]] = reports
     images = {site: report[protocol.VAL_IMAGES] for site, report in reports.items()} | dict.fromkeys(lost, 0)
@@ -81,38 +80,38 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
 
 
 def failure(run: RunFolder, error: Exception, site_failed: bool) -> str:
-    """Why a run failed and what is left of it: a site's own error, else the server's reason to end it, else `error`.
+    """Say why a run failed: the site's own error, else the server's reason for ending the run, else `error`.
 
-    The global model after the last finished round is collected as `last.pt`, where there is one.
+    Keeps the global model after the last finished round as `last.pt`, if there is one.
     """
     reason, left = str(error), ""
     if (run.server / protocol.FAILURE).exists() and not site_failed:
         reason = json.loads((run.server / protocol.FAILURE).read_text(encoding="utf-8"))["reason"]
     if (run.server / protocol.FINAL).exists():
         shutil.copy(run.server / protocol.FINAL, run.last)
-        left = f"\n{run.last} is the global model after the last round that was finished"
-    return f"{reason}{left}\nThe whole log: {run.log}"
+        left = f"\n{run.last} is the global model after the last finished round"
+    return f"{reason}{left}\nFull log: {run.log}"
 
 
 def find_fault(run: RunFolder, result: dict[str, Any], options: Options, sites: list[str]) -> str | None:
-    """What is wrong with a run whose results.json is `result`, or None: did all sites report, is there a new model?"""
+    """Say what is wrong with a run whose results.json is `result`, or None: did all sites report, did training work?"""
     if silent := [site for site in sites if site not in result["test"]["sites"]]:
-        return f"no word from {', '.join(silent)}"
+        return f"no final evaluation from {', '.join(silent)}"
     initial = torch.load(run.bundle / protocol.INITIAL, weights_only=True)
     final = torch.load(run.final, weights_only=True)
     try:
         make_model(options).load_state_dict(final)
     except RuntimeError as error:
-        return f"the new global model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
-    if all(torch.allclose(initial[name], final[name]) for name in initial):  # averaging alone rounds the last bits
-        return "the new global model is the same as the initial one"
+        return f"the final model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
+    if all(torch.allclose(initial[name], final[name]) for name in initial):  # averaging alone changes the last bits
+        return "the final model is the same as the initial one"
     if not all(torch.isfinite(tensor).all() for tensor in final.values()):
-        return "the new global model is not finite"
+        return "the final model is not finite"
     return None
 
 
 def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all tensors in the order of their names: equal only where every bit of every weight is."""
+    """SHA-256 of all tensors, in order of their names: equal only if every bit of every weight is equal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -136,7 +135,7 @@ def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[st
 
 
 def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The test of one model: `accuracy` and `loss` over all sites' test images, `sites`, and the `worst` of them."""
+    """Test of one model: `accuracy` and `loss` over all sites' test images, the same per site, and the `worst` site."""
     images = {site: report[protocol.TEST_IMAGES] for site, report in reports.items()}
     accuracies, losses = ({site: reports[site].get(key) for site in reports} for key in ("test_acc", "test_loss"))
     rated = {site: value for site, value in accuracies.items() if value is not None and images[site]}
@@ -151,7 +150,7 @@ def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rounds_since_best(rounds: list[dict[str, Any]]) -> int:
-    """How many rounds there have been since the one with the best validation accuracy."""
+    """Number of rounds since the one with the best validation accuracy."""
     accuracies = [record["metrics"][protocol.METRIC] for record in rounds if protocol.METRIC in record["metrics"]]
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 

@@ -1,4 +1,4 @@
-"""results.json: how it is written, and how the file of an older program is read. README.md says what is in it."""
+"""Write results.json, and read it, also from older versions of the project. README.md documents its keys."""
 
 import json
 import platform
@@ -13,15 +13,15 @@ from federation.run.folder import RunFolder
 from settings import INHERITED, Options
 
 VERSION = 1
-DOMINANT_SHARE = 0.9  # share of all training images with which a site's say is no longer one among others
-MAX_CAVEATS = 20  # about rejected answers
-CONFIGURATION = [each.name for each in fields(Options) if "resume" in each.metadata]  # what defines a training
-STAGE_OPTIONS = [  # what may differ between a run and the one that it resumes
+DOMINANT_SHARE = 0.9  # share of all training images above which one site decides the mean
+MAX_CAVEATS = 20  # on rejected answers
+CONFIGURATION = [each.name for each in fields(Options) if "resume" in each.metadata]  # what defines a run's training
+STAGE_OPTIONS = [  # may differ between a run and the one that it resumes
     each.name
     for each in fields(Options)
     if each.metadata.get("resume") == INHERITED and each.metadata["group"] == "training" and each.name != "num_rounds"
 ]
-ADDED_KEYS = (  # keys that older files lack
+ADDED_KEYS = (  # missing from older files
     *("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing", "threads", "total_rounds"),
     "stages",
 )
@@ -35,14 +35,14 @@ def compose(
     resumed: dict[str, Any] | None = None,
     stages: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What is written to results.json.
+    """Return the content of results.json.
 
     Args:
-        options: the run's.
-        collected: what federation.run.outcome.collect returned, without its `counts`.
+        options: of the run.
+        collected: what outcome.collect returned, without `counts`.
         device: `cpu`, or the GPU's name.
-        wall_s: seconds from the command to now.
-        resumed: the `run` that it resumed, and after which `round` of it.
+        wall_s: seconds since the program started.
+        resumed: the `run` that this one resumes, and after which `round`.
         stages: of that run.
     """
     made_with = options.of_run()
@@ -61,7 +61,7 @@ def compose(
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a result depends on."""
+    """Versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for name in ("nvflare", "torch", "pytorch-lightning"):
         try:
@@ -72,16 +72,16 @@ def versions() -> dict[str, str]:
 
 
 def read(run: RunFolder) -> dict[str, Any]:
-    """Read a run's results.json, whichever version of the program wrote it. What an older one lacks is null or empty.
+    """Read a run's results.json, of this or an older version. Keys that an older one lacks are null or empty.
 
     Raises:
-        UserError: it is not there, or broken, or newer than this program.
+        UserError: the file is missing, broken, or newer than this project.
     """
     result = read_json(run.results)
     written = result.get("version", 0)
     if written > VERSION:
-        todo = "show it with the project that made it"
-        raise UserError(f"{run.results} has version {written}, and this project reads up to {VERSION}: {todo}")
+        todo = "use the project that wrote it"
+        raise UserError(f"{run.results} has version {written}, but this project reads up to {VERSION}: {todo}")
     for entry in result["rounds"]:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
@@ -92,46 +92,46 @@ def read(run: RunFolder) -> dict[str, Any]:
 
 
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `stages` of a results.json; an older one stands for one of them, as far as it knows."""
+    """The `stages` of a results.json; a file without them counts as one stage."""
     known = {name: result[name] for name in STAGE_OPTIONS if name in result}
     return result["stages"] or [{"rounds": result["rounds"][-1]["round"], **known}]
 
 
 def caveats(result: dict[str, Any]) -> list[str]:
-    """What a reader of a run's figures has to know about the sites that they do not cover: a line each."""
+    """Warnings about a run's metrics, one line each: missing sites, rejected answers, a dominant site."""
     found = []
     if result["lost"]:
-        found.append(f"no final evaluation from {', '.join(result['lost'])}: the means do not cover them")
+        found.append(f"no final evaluation from {', '.join(result['lost'])}: the means exclude them")
     for record in result["rejected"][:MAX_CAVEATS]:
         when = "an evaluation" if record["round"] is None else f"round {record['round'] + 1}"
         found.append(f"the server rejected the answer of {record['site']} in {when}: {record['reason']}")
     if len(result["rejected"]) > MAX_CAVEATS:
-        found.append(f"and {len(result['rejected']) - MAX_CAVEATS} more rejected answers: results.json has all")
+        found.append(f"{len(result['rejected']) - MAX_CAVEATS} more rejected answers: see results.json")
     for entry in result["rounds"]:
         if missing := [site for site in entry["missing"] if site not in result["lost"]]:
-            found.append(f"the means {after_rounds(entry['round'])} do not cover {', '.join(missing)}")
+            found.append(f"the means {after_rounds(entry['round'])} exclude {', '.join(missing)}")
     train = {site: own["train"] for site, own in result["images"].items()}
     for site, count in train.items():
         if len(train) > 2 and count > DOMINANT_SHARE * sum(train.values()):
-            found.append(f"{site} announced {count:,} of {sum(train.values()):,} training images: can that be?")
+            found.append(f"{site} reported {count:,} of all {sum(train.values()):,} training images: is that right?")
     return found
 
 
 def after_rounds(number: int) -> str:
-    """How tables name the global model after `number` rounds."""
+    """How tables and messages name the global model after `number` rounds."""
     return f"after round {number}" if number else "untrained"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one of a run's files.
+    """Read a JSON file of a run.
 
     Raises:
-        UserError: it is not there, or broken.
+        UserError: the file is missing or broken.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is not there: finish a run with python job.py") from None
+        raise UserError(f"{path} does not exist: finish a run with python job.py") from None
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Where a run's time went, by the phases that the server and the sites have announced."""
+"""Where a run's time went, from the phases that the server and the sites record in their progress files."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -7,15 +7,15 @@ from federation.protocol import DONE, PROGRESS, STARTING, TRAINING, WAITING, rea
 from federation.run.folder import RunFolder
 
 KINDS = ("start", "computing", "evaluating", "waiting")
-KIND_OF = {STARTING: "start", TRAINING: "computing", WAITING: "waiting"}  # all other phases: evaluating
+KIND_OF = {STARTING: "start", TRAINING: "computing", WAITING: "waiting"}  # any other phase: evaluating
 
 
 def phases(run: RunFolder) -> dict[str, list[tuple[float, float, str]]]:
-    """Follow every site through a run.
+    """What every site was doing throughout a run.
 
     Returns:
-        site -> (start, end, kind), in seconds after the server's start, without gaps up to its end; a kind is one of
-        `KINDS`. Empty where the server or a site did not announce everything.
+        site -> (start, end, kind), without gaps, in seconds from the server's start to its end; a kind is one of
+        `KINDS`. Empty if the records of the server or of a site are incomplete.
     """
     server = _announced(run.server / PROGRESS)
     names = {file.parents[1].name for file in run.workspace.glob(f"*/*/{PROGRESS}")} - {"server"}
@@ -32,7 +32,7 @@ def phases(run: RunFolder) -> dict[str, list[tuple[float, float, str]]]:
             kind = KIND_OF.get(phase, "evaluating")
             if kind != begins[-1][1]:
                 begins.append((round(min(max(time, first), last) - first, 3), kind))  # clocks may differ
-        if begins[-1][1] != "waiting":  # a site's last act is to wait for the others
+        if begins[-1][1] != "waiting":  # a complete record ends with waiting for the other sites
             return {}
         begins.append((round(last - first, 3), ""))
         found[site] = [(start, end, kind) for (start, kind), (end, _) in pairwise(begins)]
@@ -40,7 +40,7 @@ def phases(run: RunFolder) -> dict[str, list[tuple[float, float, str]]]:
 
 
 def totals(found: dict[str, list[tuple[float, float, str]]]) -> dict[str, dict[str, float]] | None:
-    """Site -> kind -> seconds; None where `phases` found nothing."""
+    """Site -> kind -> seconds; None if `phases` found nothing."""
     sums = {
         site: {kind: round(sum(end - start for start, end, k in spans if k == kind), 3) for kind in KINDS}
         for site, spans in found.items()

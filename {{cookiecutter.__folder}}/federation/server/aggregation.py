@@ -1,8 +1,7 @@
-"""FedAvg's weighted mean, added up in the order of the sites' names.
+"""FedAvg's weighted mean, summed in the order of the sites' names.
 
-NVFlare adds each result as it arrives, which lets the last bits of the sum depend on timing. Here they do not: the
-same results give the same model. The price is memory on the server: all results of a round are kept until the last
-has come.
+NVFlare adds each result as it arrives, so the last bits of the sum depend on timing. Here the same results always give
+the same model, at the price of memory: the server keeps all results of a round until the last one has arrived.
 """
 
 from typing import Any
@@ -18,8 +17,8 @@ from federation.exchange import mean_answer
 from federation.protocol import VAL_IMAGES
 from federation.server.answers import global_model, require_majority
 
-# In the meta of a mean: site -> `metrics` of the model that it was given, and its `train` and `val` images.
-# FinalEvaluation takes it out and writes it down: what stays in the meta is sent to all sites.
+# In the meta of a mean: site -> `metrics` of the model that it received, and its numbers of `train` and `val` images.
+# FinalEvaluation removes and records it, because whatever stays in the meta is sent to all sites.
 SITES = "fl_sites"
 
 
@@ -29,7 +28,7 @@ class OrderedMean(ModelAggregator):
     McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1.
 
     Args:
-        n_sites: how many the job was sent to.
+        n_sites: number of sites that the job was sent to.
     """
 
     def __init__(self, n_sites: int) -> None:
@@ -41,9 +40,9 @@ class OrderedMean(ModelAggregator):
         self.results = {}
 
     def accept_model(self, model: FLModel) -> None:
-        # FedOpt's controller does not write the name into the result, but it says who is speaking.
+        # FedOpt's controller does not add the client's name to the result, but the context has it.
         name = model.meta.get("client_name") or self.fl_ctx.get_peer_context().get_identity_name()
-        if model.params:  # else it was rejected
+        if model.params:  # empty if rejected
             self.results[name] = model
 
     def aggregate_model(self) -> FLModel:
@@ -52,9 +51,9 @@ class OrderedMean(ModelAggregator):
 
 
 class OrderedScaffold(Scaffold):
-    """SCAFFOLD's controller, with the sites' weights and control variates added up in the order of their names.
+    """SCAFFOLD's controller, with weights and control variates summed in the order of the sites' names.
 
-    The share of a lost site in the global control variate stays as it was.
+    A lost site's share of the global control variate stays as it was.
     """
 
     def aggregate(self, results: list[FLModel], aggregate_fn: Any = None) -> FLModel:
@@ -64,11 +63,11 @@ class OrderedScaffold(Scaffold):
 
 
 class StartFromCheckpoint(Widget):
-    """Workaround for a FedOpt bug in NVFlare 2.9: its server must optimize the model that the sites were given.
+    """Workaround for a FedOpt bug in NVFlare 2.9: the server must optimize the model that the sites receive.
 
-    NVFlare's server-side optimizer steps the weights of the model component, which are random, while the sites receive
-    the checkpoint: the first aggregate would be the random weights plus the sites' change to other ones. Here the
-    global model is copied into the component once it is loaded.
+    NVFlare's server-side optimizer starts from the random weights of the model component, but the sites receive the
+    checkpoint: the first aggregate would be random weights plus changes made to other weights. This copies the global
+    model into the component as soon as it is loaded.
     """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -77,7 +76,7 @@ class StartFromCheckpoint(Widget):
 
 
 def _add_sites(mean: FLModel, results: dict[str, FLModel]) -> FLModel:
-    """A mean together with what it is made of."""
+    """Note in a mean's meta what it was computed from."""
     mean.meta[SITES] = {
         name: {
             "metrics": result.metrics or {},

@@ -1,7 +1,7 @@
-"""The server trusts nobody: each answer of a site is checked as it arrives, and what fails is left out.
+"""The server trusts no site: it checks every answer on arrival and leaves out what fails.
 
-The rule: a round needs usable answers of more than half of the sites that the job was sent to. With fewer, and where
-the global model is not finite, the run ends at once.
+A round needs usable answers from more than half of the sites that the job was sent to. With fewer, or if the global
+model is not finite, the run ends at once.
 """
 
 import threading
@@ -35,23 +35,23 @@ from federation.protocol import (
     write_json,
 )
 
-DIVERGENCE_HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # where training diverged
-MAX_REASONS = 3  # that a message lists
+DIVERGENCE_HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # if training diverged
+MAX_REASONS = 3  # in a message
 
 
 class AnswerCheck(FLComponent):
     """Checks each answer of a site on arrival, and the global model after each round.
 
-    An answer that fails is emptied, which every workflow takes for none, and noted in `rejected.jsonl`: its `round`
-    (from 0; null for an evaluation), `site`, `task` and the `reason`. The global model after the last round in which
-    it was finite is in `final.pt`.
+    An answer that fails is emptied, so that every workflow ignores it, and recorded in `rejected.jsonl`: its `round`
+    (from 0; null for an evaluation), `site`, `task` and the `reason`. `final.pt` is the global model after the last
+    round in which it was finite.
 
     Args:
         algorithm: job.py's `--algorithm`.
-        classes: the federation's.
-        first_round: the number of the first round.
-        images: site -> its numbers of `train`, `val` and `test` images, where they are known beforehand, as in a
-            simulation. Elsewhere a site announces them with its first answer.
+        classes: names of the federation's classes.
+        first_round: number of the first round.
+        images: site -> its numbers of `train`, `val` and `test` images, if known in advance, as in a simulation.
+            Otherwise each site reports them with its first answer.
     """
 
     def __init__(
@@ -88,18 +88,18 @@ class AnswerCheck(FLComponent):
             else:
                 try:
                     reason = self.find_fault(site, task, answer)
-                except Exception as error:  # NVFlare would go on with the answer
+                except Exception as error:  # NVFlare would use the answer all the same
                     reason = f"it cannot be checked ({type(error).__name__}: {error})"
             if reason:
                 round_ = self.round if task == AppConstants.TASK_TRAIN else None
                 record = {"round": round_, "site": site, "task": task, "reason": reason}
                 append_json(run_folder(fl_ctx) / REJECTED, record)
                 self.log_warning(fl_ctx, f"rejected the answer of {site}: {reason}")
-                if not has_failed:  # else NVFlare deals with it
+                if not has_failed:  # NVFlare handles a failed task itself
                     DXO(DataKind.WEIGHTS, data={}).update_shareable(answer)
 
     def find_fault(self, site: str, task: str, answer: Shareable) -> str | None:
-        """What is wrong with an answer, in a few words, or None."""
+        """Say in a few words what is wrong with an answer, or None."""
         content = from_shareable(answer)
         if task == AppConstants.TASK_TRAIN:
             return self._training_fault(site, answer, content)
@@ -110,10 +110,10 @@ class AnswerCheck(FLComponent):
     def _training_fault(self, site: str, answer: Shareable, content: DXO) -> str | None:
         meta = content.meta
         if (number := answer.get_header(AppConstants.CURRENT_ROUND)) != self.round:
-            return f"it is of round {number}, not {self.round}"
+            return f"it is for round {number}, not {self.round}"
         kind = DataKind.WEIGHT_DIFF if self.algorithm == "fedopt" else DataKind.WEIGHTS
-        if content.data_kind != kind:  # the mean would be taken for what the first answer says it is
-            return f"it does not have what was asked for, {kind.value}"
+        if content.data_kind != kind:  # the first answer's kind would apply to the whole mean
+            return f"its data kind is not {kind.value}"
         counts = {"train": meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND), "val": meta.get(VAL_IMAGES)}
         controls = meta.get(AlgorithmConstants.SCAFFOLD_CTRL_DIFF)
         return (
@@ -129,7 +129,7 @@ class AnswerCheck(FLComponent):
         for name in metrics:
             if name.startswith(HOLDS):
                 if (class_ := name.removeprefix(HOLDS)) not in self.classes:
-                    return f"it has images of an unknown class {class_!r}"
+                    return f"it counts images of an unknown class {class_!r}"
                 if fault := count_fault(name, metrics[name], 0, None):
                     return fault
         return self._count_fault(site, {"val": metrics.get(VAL_IMAGES), "test": metrics.get(TEST_IMAGES)})
@@ -144,16 +144,16 @@ class AnswerCheck(FLComponent):
 
 
 def require_majority(n_answers: int, n_sites: int, fl_ctx: FLContext, evaluation: bool = False) -> None:
-    """End the run unless more than half of the sites have given an answer that can be used.
+    """End the run unless more than half of the sites sent a usable answer.
 
     Args:
-        n_answers: how many have.
-        n_sites: how many the job was sent to.
-        fl_ctx: NVFlare's.
-        evaluation: whether they were asked to evaluate a model, not to train in a round.
+        n_answers: number of usable answers.
+        n_sites: number of sites that the job was sent to.
+        fl_ctx: NVFlare's context.
+        evaluation: True for the final evaluation, False for a training round.
 
     Raises:
-        RunError: too few. The reason is in `failure.json` too.
+        RunError: too few. `failure.json` has the reason as well.
     """
     if 2 * n_answers > n_sites:
         return
@@ -178,5 +178,5 @@ def global_model(fl_ctx: FLContext) -> dict[str, torch.Tensor]:
 
 
 def run_folder(fl_ctx: FLContext) -> Path:
-    """Where the server writes what belongs to this job."""
+    """The server's folder for this job."""
     return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))

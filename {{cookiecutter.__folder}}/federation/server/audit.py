@@ -1,8 +1,8 @@
-"""The audit log: what left the sites, as the server receives it.
+"""The audit log: what left the sites, as received by the server.
 
-It records what was sent, not what was meant to be sent: every value of every answer to a task is listed, whoever put
-it there. Only names, types and sizes are kept, never a value. Of a curve for a tracker the first message is listed.
-NVFlare's other messages (heartbeats, what administrators ask a site for) do not come by here.
+It records what was sent, not what was meant to be sent: every entry of every answer to a task, whichever code put it
+there. It keeps names, types and sizes, never values. Of a tracker's curve it lists only the first message. It does not
+see NVFlare's other messages, such as heartbeats and what administrators request from a site.
 """
 
 import threading
@@ -21,12 +21,11 @@ from federation.server.answers import run_folder
 
 
 class AuditLog(FLComponent):
-    """Writes one line of JSON per answer of a site into the server's run folder. Its keys:
+    """Writes one line of JSON per answer into the server's run folder, with these keys:
 
-    `site`; `task`: what the site answered, `train`, `validate`, or `tracking` for a curve that it streamed (one line
-    per curve); `round`: from 0, null where there is none; `tensors`: `name`, `shape`, `dtype` and `bytes` of each;
-    `metrics`: names; `meta`: name -> type of all else in the message; `headers`: the same of NVFlare's own entries,
-    such as the return code.
+    `site`; `task`: `train`, `validate`, or `tracking` for a streamed curve (one line per curve); `round`: from 0, or
+    null; `tensors`: `name`, `shape`, `dtype` and `bytes` of each; `metrics`: names; `meta`: name -> type of everything
+    else in the message; `headers`: the same for NVFlare's own entries, such as the return code.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""The record of the rounds, and the last step of a federation: evaluation of the final and the best global model.
+"""Records the rounds, and ends a federation with the evaluation of the final and the best global model.
 
-The best model is the aggregate with the highest validation accuracy, the last one included; of equals the latest.
-Every aggregate but the last is validated by the sites at the beginning of the round that follows, so the best of them
-is known before the end, and it is tested only where the last one turns out to validate worse. Two models are compared
-by the sites that validated both: after a site is lost, the mean over the others says nothing about the mean over all.
+The best model is the aggregate with the highest validation accuracy, including the last one; ties go to the latest.
+The sites validate every aggregate except the last at the beginning of the next round, so the best of those is known
+before the end. It is tested only if the last one validates worse. Two models are compared on the sites that validated
+both: once a site is lost, a mean over the others cannot be compared with a mean over all.
 """
 
 import time
@@ -38,24 +38,24 @@ from federation.protocol import (
 from federation.server.aggregation import SITES
 from federation.server.answers import global_model, require_majority, run_folder
 
-Validation = dict[str, tuple[dict[str, Any], int]]  # site -> metrics of a model, number of validation images
+Validation = dict[str, tuple[dict[str, Any], int]]  # site -> a model's metrics, number of validation images
 
 
 class FinalEvaluation(ModelController):
-    """Runs after the training workflow, whichever algorithm that is, and follows it by its events.
+    """Runs after the training workflow of any algorithm, which it follows through events.
 
-    Leaves in the server's run folder:
+    Writes into the server's run folder:
 
-    - `rounds.jsonl`, one line per finished round: `round` (from 0); `metrics`: the mean over the sites; `sites`: site
-      -> `metrics` of the model that the round began with, and its numbers of `train` and `val` images; `rejected`: the
+    - `rounds.jsonl`, one line per finished round: `round` (from 0); `metrics`: mean over the sites; `sites`: site ->
+      `metrics` of the model that the round started with, and the numbers of `train` and `val` images; `rejected`:
       answers that were left out;
-    - `best.pt`, where a model before the last one validated best: a plain state dict;
-    - `evaluation.json`: `final` and `best`, each with its `round` (how many aggregations made it), its validation
-      `accuracy`, and for each site the metrics that client.py sends;
-    - `progress.jsonl`: when the run started and when it was done, in the format of the sites' (site/progress.py).
+    - `best.pt`, a state dict, if a model before the last one validated best;
+    - `evaluation.json`: `final` and `best`, each with its `round` (number of aggregations), validation `accuracy`,
+      and for each site the metrics that client.py sends;
+    - `progress.jsonl`: when the run started and when it was done, in the sites' format (site/progress.py).
 
     Args:
-        n_sites: how many the job was sent to.
+        n_sites: number of sites that the job was sent to.
     """
 
     def __init__(self, n_sites: int) -> None:
@@ -73,8 +73,8 @@ class FinalEvaluation(ModelController):
             self._record(fl_ctx)
 
     def _record(self, fl_ctx: FLContext) -> None:
-        """Write down a round, and keep the model that it began with if that is the best so far."""
-        # The sites validated what the round began with, which GLOBAL_MODEL still is: `began` aggregations made it.
+        """Record a round, and keep the model that it started with if that is the best so far."""
+        # The sites validated the model that the round started with, still GLOBAL_MODEL, made by `began` aggregations.
         began = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         self.n_aggregations = began + 1
         result = fl_ctx.get_prop(AppConstants.AGGREGATION_RESULT)
@@ -85,7 +85,7 @@ class FinalEvaluation(ModelController):
         rejected = [record for record in read_json_lines(folder / REJECTED) if record["round"] == began]
         metrics = mean_metrics(list(validation.values()))
         append_json(folder / ROUNDS, {"round": began, "metrics": metrics, "sites": sites, "rejected": rejected})
-        if began > 0 and is_at_least_as_good(validation, self.best):  # 0: it is not trained yet
+        if began > 0 and is_at_least_as_good(validation, self.best):  # 0: untrained
             self.best_round, self.best = began, validation
             save_tensors(folder / BEST, global_model(fl_ctx))
 
@@ -103,10 +103,10 @@ class FinalEvaluation(ModelController):
         append_json(run_folder(fl_ctx) / PROGRESS, {"time": time.time(), "phase": phase})
 
     def evaluate(self, model: dict[str, torch.Tensor], n_aggregations: int) -> dict[str, Any]:
-        """Let all sites validate and test a model.
+        """Have all sites validate and test a model.
 
         Raises:
-            RunError: not more than half of the sites could.
+            RunError: no more than half of the sites did.
         """
         weights = {name: weight.numpy() for name, weight in model.items()}
         data = FLModel(params_type=ParamsType.FULL, params=weights)
@@ -118,9 +118,9 @@ class FinalEvaluation(ModelController):
 
 
 def is_at_least_as_good(new: Validation, old: Validation) -> bool:
-    """Whether a model validates no worse than another one, at the sites that validated both.
+    """Whether a model validates at least as well as another, on the sites that validated both.
 
-    True where there is nothing to compare with; False where the new one was not validated.
+    True if there is nothing to compare with; False if the new model was not validated.
     """
     new, old = ({site: own for site, own in model.items() if METRIC in own[0] and own[1]} for model in (new, old))
     common = sorted(new.keys() & old.keys())

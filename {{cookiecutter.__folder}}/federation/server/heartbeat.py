@@ -1,9 +1,9 @@
-"""Heartbeat monitor on the server: which sites still have a process for the job, and which take too long for a task.
+"""Heartbeat monitor on the server: which sites still run the job, and which take too long for a task.
 
-NVFlare's server notices a site that is gone, but not one that was killed and started again: it registers again, knows
-nothing of the job, and the round would wait for its result forever. A site that answers a heartbeat in time, however
-late, is not lost: its network may have been down for a while. A site whose training hangs answers heartbeats forever,
-so there is a limit to that as well.
+NVFlare's server notices a site that is gone, but not one that was killed and restarted: that site registers again,
+knows nothing of the job, and the round would wait for its result forever. A site that is silent for less than the
+timeout is not lost: its network may have been down. A site whose training hangs answers heartbeats forever, so tasks
+have a timeout, too.
 """
 
 import threading
@@ -20,28 +20,28 @@ from federation.protocol import BACK, LATE
 
 POLL_INTERVAL_S = 5.0
 REPLY_TIMEOUT_S = 5.0
-LOST_AFTER_S = 60.0  # without an answer for this long, a site is lost to the job
-STARTUP_GRACE_S = 60.0  # more at the beginning: a site imports PyTorch first
-DEAD_CLIENT_TIMING = {  # seconds; NVFlare adds these after a report, and again in each round: keep them short
+LOST_AFTER_S = 60.0  # a site that is silent for longer is lost
+STARTUP_GRACE_S = 60.0  # on top of that at the start, when sites import PyTorch
+DEAD_CLIENT_TIMING = {  # seconds; NVFlare waits this long after a report, again in each round: keep it short
     "dead_client_grace_period": 1.0,
     "dead_client_check_lead_time": 5.0,
 }
 
 
 class HeartbeatMonitor(FLComponent):
-    """Reports a silent or late site to the workflow, which then continues without it, while `min_clients` are left.
+    """Reports a silent or late site to the workflow, which continues without it if `min_clients` are left.
 
-    A late site takes part again from the next task that it fetches.
+    A late site takes part again once it fetches another task.
 
     Args:
-        site_timeout: seconds that a site may take for a task, its training in one round.
+        site_timeout: seconds that a site may take for a task, such as training for one round.
     """
 
     def __init__(self, site_timeout: float) -> None:
         super().__init__()
         self.site_timeout = site_timeout
-        self.heard: dict[str, float] = {}  # when each site answered last
-        self.tasks: dict[str, tuple[str, float]] = {}  # what each site works on: ID of the task, when it got it
+        self.heard: dict[str, float] = {}  # time of each site's last answer
+        self.tasks: dict[str, tuple[str, float]] = {}  # each site's task: ID, time it was sent
         self.late: set[str] = set()
         self.over = threading.Event()
 
@@ -50,14 +50,14 @@ class HeartbeatMonitor(FLComponent):
             threading.Thread(target=self._monitor, args=(fl_ctx.get_engine(),), daemon=True).start()
         elif event_type in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
             self.over.set()
-        elif event_type == EventType.AFTER_TASK_DATA_FILTER:  # a task is on its way to a site, maybe not the first time
+        elif event_type == EventType.AFTER_TASK_DATA_FILTER:  # a task is being sent, perhaps again
             site, task = fl_ctx.get_peer_context().get_identity_name(), fl_ctx.get_prop(FLContextKey.TASK_ID)
             if self.tasks.get(site, ("", 0.0))[0] != task:
                 self.tasks[site] = (task, time.monotonic())
-                if site in self.late:  # it is done with its old task, whose result NVFlare discards
+                if site in self.late:  # done with its old task, whose result NVFlare discards
                     self.late.remove(site)
                     self.log_info(fl_ctx, BACK.format(site))
-        elif event_type == EventType.BEFORE_TASK_RESULT_FILTER:  # an answer has come
+        elif event_type == EventType.BEFORE_TASK_RESULT_FILTER:  # an answer has arrived
             self.tasks.pop(fl_ctx.get_peer_context().get_identity_name(), None)
 
     def _monitor(self, engine: Any) -> None:
@@ -66,14 +66,14 @@ class HeartbeatMonitor(FLComponent):
             with engine.new_context() as fl_ctx:
                 try:
                     self.check(fl_ctx)
-                except Exception:  # whatever it is, the next attempt may succeed, and a job must not lose its monitor
-                    self.log_exception(fl_ctx, "cannot check the sites; trying again")
+                except Exception:  # the next attempt may succeed, and a job must not lose its monitor
+                    self.log_exception(fl_ctx, "cannot check the sites; will retry")
 
     def check(self, fl_ctx: FLContext) -> None:
-        """Ask all sites whether they still work on the job, and report those that are silent or late."""
+        """Send a heartbeat to all sites, and report those that are silent or late."""
         answers = fl_ctx.get_engine().send_aux_request(
             targets=list(self.heard),
-            topic=ReservedTopic.JOB_HEART_BEAT,  # NVFlare's client answers it, also while it trains
+            topic=ReservedTopic.JOB_HEART_BEAT,  # NVFlare's client answers it even while training
             request=Shareable(),
             timeout=REPLY_TIMEOUT_S,
             fl_ctx=fl_ctx,
