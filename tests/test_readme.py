@@ -16,7 +16,7 @@ from PIL import Image
 
 from template import PROJECT, TEMPLATE, BakedProject, run, surroundings
 
-JOB, RESULTS = ".venv/bin/python job.py", ".venv/bin/python results.py"
+JOB, RESULTS = "python job.py", "python results.py"
 
 RUN_IN_TEMPLATE = ["make demo", "make lint"]
 NOT_RUN_IN_TEMPLATE = {
@@ -26,20 +26,21 @@ NOT_RUN_IN_TEMPLATE = {
 
 RUN_IN_PROJECT = {  # command -> flags added to keep the test short
     "python3 install.py": "",
+    ". .venv/bin/activate": "",
     JOB: "",
     RESULTS: "",
     f"{RESULTS} first second": "",
     f"{RESULTS} first --html": "",
     f"{RESULTS} first second --html": "",
-    ".venv/bin/python compare.py": "",
+    "python compare.py": "",
     f"{JOB} --dataset image_folder --data_root /path/to/images": "--prepare_only",
     f"{JOB} --dataset image_folder --data_root '/path/to/{{site}}/images'": "--prepare_only",
+    "make test": "",
+    "make lint": "",
 }
 NOT_RUN_IN_PROJECT = {
-    f"{JOB} --env poc": "a minute; the project's tests/test_sites.py runs it",
-    f"{JOB} --env prod --startup_kit KIT --classes classes.txt": "the project's tests/test_real_sites.py",
-    '.venv/bin/python -m pytest -m "not federation and not slow"': "test_project.py runs it",
-    ".venv/bin/python -m pytest": "minutes; test_project.py runs it in parts",
+    f"{JOB} --env poc": "a minute; tests/project/test_sites.py runs it",
+    f"{JOB} --env prod --startup_kit KIT --classes classes.txt": "tests/project/test_real_sites.py runs it",
 }
 
 
@@ -138,3 +139,12 @@ def test_the_commands_of_the_project_work(project):
                 shutil.copytree(newest, newest.parent / name)
     assert (project.path / "runs" / "first" / "report.html").exists()
     assert (project.path / "runs" / "comparison.html").exists()
+
+
+@pytest.mark.slow
+def test_commands_work_without_a_venv_if_the_current_python_has_everything(project, tmp_path):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in ("python3 install.py", "make check", "python job.py --check"):
+        code, said = run(["sh", "-c", command], project.path, surroundings(tmp_path, PIP_NO_INDEX="1", PATH=path))
+        assert code == 0, f"{command}\n{said}"
+    assert not (project.path / ".venv").exists()
