@@ -213,9 +213,9 @@ class TestAFinishedRun:
         assert written.stdout == f"{(self.folder(finished) / 'report.html').resolve()}\n"
         accuracy = finished.result["test"]["accuracy"]
         assert f"Confusion matrix of all sites: {accuracy:.3f} of 360 test images are on the diagonal" in page
-        assert "had reported" not in page
-        assert "What each site did at each time" in page
-        assert "Every tensor has the name and the shape of a weight of the final model" in page
+        assert ", but all sites reported" not in page
+        assert "Timeline of each site" in page
+        assert "Every tensor matches a weight of the final model by name and shape" in page
 
     def test_can_be_compared_with_no_federation_and_without_nvflare(self, finished):
         program = (

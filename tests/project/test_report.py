@@ -192,7 +192,7 @@ class TestAPage:
         plots = written(run).plots()
         assert plots[0] == "accuracy by round: all sites, site-1, site-2, site-3"
         assert plots[1] == "loss by round: all sites, site-1, site-2, site-3"
-        assert plots[2] == "Images of 10 classes at 3 sites"
+        assert plots[2] == "Images per site and class, 3 sites"
 
     def test_has_the_numbers_behind_the_plots(self, run):
         rows = written(run).rows["rounds"]
@@ -219,7 +219,7 @@ class TestAPage:
             del result[key]
         save(run, result)
         page = written(run)
-        assert "The loss of the rounds was not recorded." in page.sections["rounds"]
+        assert "The loss by round was not recorded." in page.sections["rounds"]
         assert "the server of this run kept no audit log" in page.sections["audit"]
         assert "Unknown" in page.sections["time"]
 
@@ -237,7 +237,7 @@ def test_names_can_hold_any_character(tmp_path, monkeypatch):
     assert project in page.text
     assert ["algorithm", "<i>average</i>"] in page.rows["configuration"]
     assert page.plots()[0] == "accuracy by round: all sites, " + ", ".join(sites)
-    legend, _ = page.sections["rounds"].split("The numbers behind the plots")
+    legend, _ = page.sections["rounds"].split("The numbers in the plots")
     for site in sites:
         assert site in legend, site
     for name in NAMES:
@@ -277,13 +277,13 @@ class TestRealSites:
 
     def test_that_do_not_share_their_counts_have_a_page(self, run):
         page = written(run)
-        assert "Unknown: no site reported its number of images per class." in page.sections["distribution"]
+        assert "Unknown: no site reported its images per class." in page.sections["distribution"]
         assert ["2", "site-2", "0.251", "0.251"] in page.rows["rounds"]
 
     def test_that_share_their_counts_are_shown_and_the_others_named(self, run):
         self.share(run, {"site-1": dict.fromkeys(CLASSES, 4), "site-2": {}})
         page = written(run)
-        assert "Images of 10 classes at 1 sites" in page.plots()
+        assert "Images per site and class, 1 sites" in page.plots()
         assert "Not reported by: site-2." in page.sections["distribution"]
         assert page.rows["distribution"] == []
 
@@ -294,7 +294,7 @@ class TestRealSites:
         save(run, result)
         page = written(run)
         assert ["site-1", "0", "-", "-"] in page.rows["rounds"]
-        assert "No matrix: no site has test images." in page.sections["confusion"]
+        assert "Not available: no site has test images." in page.sections["confusion"]
 
 
 class TestTheMatrix:
@@ -327,11 +327,11 @@ class TestTheMatrix:
         [rounded] = re.findall(r"all sites: (\S+) of", written(digits).plots()[3])
         shown = float(rounded)
         assert shown > 0.01  # the run says 0.0
-        assert "all sites had reported 0.000" in written(digits).sections["confusion"]
+        assert "but all sites reported 0.000" in written(digits).sections["confusion"]
         result = schema.read(digits)
         result["test"]["accuracy"] = shown
         save(digits, result)
-        assert "all sites had reported" not in written(digits).sections["confusion"]
+        assert "all sites reported" not in written(digits).sections["confusion"]
 
     def test_is_of_the_model_that_the_run_trained(self, digits):
         save(digits, {**schema.read(digits), "model_class": "LitResNet"})
@@ -342,7 +342,7 @@ class TestTheMatrix:
         result = {**schema.read(digits), "dataset": "image_folder", "data_root": "/nowhere"}
         save(digits, result)
         page = written(digits)
-        assert "No matrix: " in page.sections["confusion"] and "/nowhere" in page.sections["confusion"]
+        assert "Not available: " in page.sections["confusion"] and "/nowhere" in page.sections["confusion"]
         assert len(page.plots()) == 3
 
     def test_is_left_out_where_the_images_are_others(self, digits):
@@ -353,11 +353,11 @@ class TestTheMatrix:
 
     def test_is_left_out_where_the_model_is_another(self, digits):
         torch.save({"other": torch.zeros(3)}, digits.final)
-        assert "No matrix: " in written(digits).sections["confusion"]
+        assert "Not available: " in written(digits).sections["confusion"]
 
     def test_is_left_out_where_no_class_is_predicted(self, digits, monkeypatch):
         monkeypatch.setattr(LitNet, "predict_step", lambda self, batch, index: self(batch[0]).sum())
-        assert "does not return a score for each" in written(digits).sections["confusion"]
+        assert "does not return a score per image" in written(digits).sections["confusion"]
 
 
 class TestTheAuditLog:
@@ -399,21 +399,23 @@ class TestTheAuditLog:
         ]
         assert ["model.fc3.weight", "10 × 84", "float32", "3,360"] in page.rows["audit"]
         assert "2 answers of 2 sites, 6,800 bytes" in page.sections["audit"]
-        assert "Every tensor has the name and the shape of a weight" in page.sections["audit"]
+        assert "Every tensor matches a weight of the final model" in page.sections["audit"]
 
     def test_does_not_claim_more_than_it_lists(self, run):
         """Curves have one line each, and what administrators fetch never comes by."""
         add_answers(run, ("site-1", answer()))
         text = written(run).sections["audit"]
         assert "What is not listed did not arrive" not in text
-        assert "Every answer to a task (training, evaluation) is listed" in text
-        assert "Of a curve for a tracker only the first message" in text
+        assert "Every answer to a task (training, evaluation) is listed in full" in text
+        assert "Of a tracker's curve, only the first message" in text
         assert "Not listed are NVFlare's other messages" in text and "administrators" in text
 
     def test_points_to_what_is_not_of_the_model(self, run):
         add_answers(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
         page = written(run)
-        assert "Not a weight of the final model by name and shape: batch." in page.sections["audit"]
+        assert (
+            "Tensors that do not match a weight of the final model by name and shape: batch." in page.sections["audit"]
+        )
         assert ["batch", "16 × 3 × 32 × 32", "float32", "196,608"] in page.rows["audit"]
 
 
@@ -432,7 +434,7 @@ class TestTheTime:
 
     def test_is_on_the_page(self, run):
         page = written(run)
-        assert "What each site did at each time" in page.plots()
+        assert "Timeline of each site" in page.plots()
         assert ["site-2", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
 
     def test_is_unknown_where_a_site_did_not_announce_everything(self, run):
@@ -446,7 +448,7 @@ class TestTheTime:
         save(run, {**schema.read(run), "timing": sums})
         page = written(run)
         assert ["site-2", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
-        assert "What each site did at each time" not in page.plots()
+        assert "Timeline of each site" not in page.plots()
 
 
 def test_several_runs_are_compared_on_one_page(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The final model's confusion matrix on the test images that are on this machine."""
+"""Confusion matrix of the final model, on the test images on this machine."""
 
 import dataclasses
 import os
@@ -12,20 +12,20 @@ from settings import Options
 
 
 def confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> dict[str, np.ndarray]:
-    """Test the final model again, through data.py and model.py as they are now.
+    """Test the final model again, with data.py and model.py as they are now.
 
     Args:
-        run: the run's folder, with the final model.
+        run: has the final model.
         result: its results.json.
-        classes: the names, in the order of the labels.
+        classes: names, in the order of the labels.
 
     Returns:
-        For each site that has test images: int64 (classes, classes), the number of images by true class (row) and
-        predicted class (column).
+        Site -> int64 (classes, classes), number of images by true class (row) and predicted class (column), for each
+        site that has test images.
 
     Raises:
-        UserError: the images are not here, or not those that the site had; the message is part of a sentence.
-        Exception: whatever data.py and model.py raise where they do not fit.
+        UserError: the images are missing or differ from the site's; the message is part of a sentence.
+        Exception: whatever data.py and model.py raise if they do not fit the run.
     """
     tests = {site: test for site, test in result["test"]["sites"].items() if test["images"]}
     if not tests:
@@ -50,11 +50,11 @@ def confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> dic
         data.prepare_data()
         data.setup("test")
         if (found := trainer.n_images(data, "test")) != (had := tests[site]["images"]):
-            raise UserError(f"{site} had {had} test images, and on this machine there are {found} for it")
+            raise UserError(f"{site} had {had} test images, but this machine has {found} for it")
         for index, batch in enumerate(data.test_dataloader()):
             with torch.inference_mode():
                 scores, labels = model.predict_step(batch, index), batch[1]
             if scores.shape != (len(labels), n_classes):
-                raise UserError("predict_step of model.py does not return a score for each image and class")
+                raise UserError("predict_step of model.py does not return a score per image and class")
             np.add.at(matrix, (labels.numpy(), scores.argmax(dim=1).numpy()), 1)
     return matrices

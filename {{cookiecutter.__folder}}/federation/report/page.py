@@ -1,6 +1,6 @@
-"""The page of a run, or of several: one HTML file that opens without a network. Numbers and names, never an image.
+"""The page of a run, or a comparison of several: one HTML file that opens offline. It never contains an image.
 
-What is on it is computed here; how it looks is in page.html.j2.
+This module computes the content; page.html.j2 has the text and the layout.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from settings import PROJECT_NAME
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,  # a class, a site, a run or the project may have any name
+    autoescape=True,  # names of classes, sites, runs and the project can be anything
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -36,7 +36,7 @@ def write(run: RunFolder) -> Path:
     """Write `report.html` into a finished run's folder, and return its path.
 
     Raises:
-        UserError: the run has no result that can be read.
+        UserError: the run has no readable result.
     """
     result, partition = schema.read(run), schema.read_json(run.partition)
     rounds, phases, curves = result["rounds"], timing.phases(run), {}
@@ -66,12 +66,12 @@ def write(run: RunFolder) -> Path:
 
 
 def write_comparison(results: dict[str, dict[str, Any]], rows: list[list[str]], file: Path) -> Path:
-    """Write a page that sets several finished runs side by side, and return its path.
+    """Write a page that compares several finished runs, and return its path.
 
     Args:
         results: name of a run -> its results.json.
         rows: one per property: its name, then its value in each run, as text.
-        file: the page.
+        file: where to write the page.
     """
     curves = {
         metric: plots.curves({name: [entry[metric] for entry in of["rounds"]] for name, of in results.items()}, metric)
@@ -87,26 +87,26 @@ def _render(file: Path, **values: Any) -> Path:
 
 
 def _distribution(partition: dict[str, Any]) -> str | None:
-    """A heat map of those sites that have reported their counts, as real ones need not; None if none has."""
+    """Heat map of the sites that reported their counts, which real sites need not do; None if no site did."""
     classes = partition["classes"]
     counts = {site: own for site, own in partition["counts"].items() if own}
     if not counts:
         return None
     matrix = np.array([[own.get(name, 0) for name in classes] for own in counts.values()])
-    return plots.heat_map(matrix, list(counts), classes, f"Images of {len(classes)} classes at {len(counts)} sites")
+    return plots.heat_map(matrix, list(counts), classes, f"Images per site and class, {matrix.shape[0]} sites")
 
 
 def _confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> dict[str, Any]:
-    """`matrices`: plot and caption of each, for all sites and for the worst; `notes`: what to know about them."""
+    """`matrices`: plot and caption, for all sites and for the worst site; `notes`: what is missing or different."""
     try:
         counts = confusion(run, result, classes)
-    except Exception as error:  # whatever a user's data.py and model.py raise, the rest of the report stands
+    except Exception as error:  # whatever the user's data.py and model.py raise, write the rest of the page
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = name + str(error).strip().partition("\n")[0]
-        note = f"No matrix: the test images or the model cannot be used on this machine ({reason})."
+        note = f"Not available: the test images or the model cannot be used on this machine ({reason})."
         return {"matrices": [], "notes": [note]}
     if not counts:
-        return {"matrices": [], "notes": ["No matrix: no site has test images."]}
+        return {"matrices": [], "notes": ["Not available: no site has test images."]}
     test = result["test"]
     shown = [("all sites", np.sum(list(counts.values()), axis=0), test["accuracy"])]
     if (worst := test["worst"]) in counts and len(counts) > 1:
@@ -119,12 +119,12 @@ def _confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> di
         plot = plots.heat_map(matrix, classes, classes, label, confusion=True)
         matrices.append((plot, f"{name[0].upper()}{name[1:]}: {share} on the diagonal"))
         if reported is None or abs(accuracy - reported) > 0.005:
-            notes.append(f"Recomputed here; {name} had reported {as_text(reported)}: model.py or the images differ.")
+            notes.append(f"Recomputed here, but {name} reported {as_text(reported)}: model.py or images changed.")
     return {"matrices": matrices, "notes": notes}
 
 
 def _audit(run: RunFolder, result: dict[str, Any]) -> dict[str, Any]:
-    """The records of the audit log in the order of the page, and what they have in common."""
+    """The records of the audit log, sorted, with the lists that they share."""
     records = read_json_lines(run.audit_log)
     records.sort(key=lambda r: (r["round"] is None, r["round"] or 0, r["task"], len(r["site"]), r["site"]))
     for record in records:
@@ -139,7 +139,7 @@ def _audit(run: RunFolder, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deduplicate(records: list[dict[str, Any]], key: str, label: Callable[[int], str]) -> dict[str, Any]:
-    """List once what is the same in many records: label -> list. A record then has the label of its own."""
+    """List once what many records share: label -> list. Each record gets the label of its list."""
     labels: dict[str, str] = {}
     for record in records:
         if record[key]:
@@ -148,7 +148,7 @@ def _deduplicate(records: list[dict[str, Any]], key: str, label: Callable[[int],
 
 
 def _not_in_model(model: Path, records: list[dict[str, Any]]) -> list[str]:
-    """Names of the received tensors that are not weights of the model, judged by name and shape."""
+    """Names of the received tensors that match no weight of the model by name and shape."""
     import torch
 
     sent = {(tensor["name"], tuple(tensor["shape"])) for record in records for tensor in record["tensors"]}

@@ -1,4 +1,4 @@
-"""The plots of a report, as SVG text that stands in a page: the same bytes for the same numbers."""
+"""The plots of a report, as SVG to embed in a page: the same numbers give the same bytes."""
 
 import hashlib
 import html
@@ -10,13 +10,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-MAX_LINES = 20  # sites with a color and a name of their own in a plot; more are drawn alike
-MAX_ANNOTATED = 16  # rows and columns of a heat map up to which each cell has its number
-LINES = ("-", "--", "-.", ":")  # lines that lie on each other are still seen
+MAX_LINES = 20  # with more sites than this, all get the same color and one legend entry
+MAX_ANNOTATED = 16  # larger heat maps show no numbers in their cells
+LINES = ("-", "--", "-.", ":")  # overlapping lines stay visible
 COLORS = {"start": "#b8b8b8", "computing": "#2a78b5", "evaluating": "#e39b2d", "waiting": "#e8e8e8"}  # timing.KINDS
 STYLE = {
-    "svg.fonttype": "none",  # text stays text: smaller, and it can be searched and read aloud
-    "text.parse_math": False,  # a class may be called "$5"
+    "svg.fonttype": "none",  # text stays text: smaller, searchable, accessible
+    "text.parse_math": False,  # a class can be named "$5"
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -30,11 +30,11 @@ STYLE = {
 
 @matplotlib.rc_context(STYLE)
 def curves(series: dict[str, list[float | None]], label: str) -> str | None:
-    """One line each, by round, with `all sites` in black and above the others; None if no value is known.
+    """Plot one line per series by round, `all sites` in black on top; None if there are no values.
 
     Args:
-        series: a value for each round, None where it is not known.
-        label: what is shown.
+        series: name -> one value per round, None where unknown.
+        label: the metric's name.
     """
     values = {name: np.array(own, dtype=float) for name, own in series.items()}  # None becomes NaN, a gap
     known = {name: own for name, own in values.items() if not np.isnan(own).all()}
@@ -48,7 +48,7 @@ def curves(series: dict[str, list[float | None]], label: str) -> str | None:
     for number, (name, own) in enumerate(known.items()):
         if len(known) > MAX_LINES:
             style = {"color": "#9db7cc", "label": None if number else "each site"}
-        else:  # matplotlib leaves out of a legend what begins with an underscore
+        else:  # matplotlib omits labels with a leading underscore from legends
             text = re.sub("^_", "\u200b_", name)
             style = {"color": colors[number], "linestyle": LINES[number % len(LINES)], "label": text}
         axes.plot(own, linewidth=1.2, marker=".", **style)
@@ -62,12 +62,12 @@ def curves(series: dict[str, list[float | None]], label: str) -> str | None:
 
 @matplotlib.rc_context(STYLE)
 def heat_map(matrix: np.ndarray, rows: list[str], columns: list[str], label: str, confusion: bool = False) -> str:
-    """A matrix of counts, the darker a cell, the larger.
+    """Plot a matrix of counts: the larger, the darker.
 
     Args:
         matrix: int (rows, columns).
-        label: what the whole shows, for those who cannot see it.
-        confusion: whether it is a confusion matrix; then a cell is as dark as its share of its row.
+        label: description for screen readers.
+        confusion: True for a confusion matrix, in which shades are shares of the row.
     """
     shade = matrix / np.maximum(matrix.sum(axis=1, keepdims=True) if confusion else matrix.max(), 1)
     numbered = max(matrix.shape) <= MAX_ANNOTATED
@@ -93,7 +93,7 @@ def heat_map(matrix: np.ndarray, rows: list[str], columns: list[str], label: str
 
 @matplotlib.rc_context(STYLE)
 def timeline(phases: dict[str, list[tuple[float, float, str]]]) -> str:
-    """One row per site: what it did at which time, of `timing.phases`."""
+    """Plot the result of `timing.phases`: one row per site."""
     figure = Figure(figsize=(10, 0.9 + 0.26 * len(phases)), layout="constrained")
     axes = figure.subplots()
     for row, spans in enumerate(phases.values()):
@@ -104,16 +104,16 @@ def timeline(phases: dict[str, list[tuple[float, float, str]]]) -> str:
     axes.invert_yaxis()
     axes.set(xlabel="seconds")
     figure.legend(loc="outside upper center", ncols=len(COLORS), fontsize=8)
-    return _svg(figure, "What each site did at each time")
+    return _svg(figure, "Timeline of each site")
 
 
 def _svg(figure: Figure, label: str) -> str:
     stream = io.StringIO()
-    salt = hashlib.sha256(label.encode(errors="replace")).hexdigest()  # no two plots of a page share an id
+    salt = hashlib.sha256(label.encode(errors="replace")).hexdigest()  # ids must differ between the plots of a page
     with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # only measured with that font, drawn with another
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser draws it with another font
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", bbox_inches="tight", metadata=nothing)
     svg = stream.getvalue()
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # names of parts that nothing refers to
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # ids that nothing refers to
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
