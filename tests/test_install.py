@@ -217,7 +217,9 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(project, state, said):
     elif state == "all is there":
         project.venv.touch()
         project.require("pytest>=8")
-    assert state == "all is there" or len(f"  1. environment: {said.rstrip()}") <= 80  # as the template's hook prints it
+    assert (
+        state == "all is there" or len(f"  1. environment: {said.rstrip()}") <= 80
+    )  # as the template's hook prints it
     before = sorted(project.path.rglob("*"))
     assert project.install("--plan", *(["--gpu"] if state == "gpu" else []), **variables) == (0, said)
     assert sorted(project.path.rglob("*")) == before and project.asked_of_uv() == []
