@@ -1,4 +1,4 @@
-"""install.py as its user calls it: with tiny packages, a stand-in for uv, and indexes on this machine."""
+"""install.py as a user runs it, with tiny packages, a fake uv, and indexes on this machine."""
 
 import http.server
 import os
@@ -18,7 +18,7 @@ from template import PROJECT, TEMPLATE, run, surroundings
 
 INDEX = "https://download.pytorch.org/whl/cpu"
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
-# It writes down what it is told. What `venv` makes works; `pip install` fails, waits or does nothing.
+# Logs its arguments. `venv` makes a working environment; `pip install` fails, waits or does nothing.
 UV = """#!/bin/sh
 echo "${{UV_TORCH_BACKEND:+PyTorch for $UV_TORCH_BACKEND: }}$*" >> "{log}"
 case "$*" in *"$UV_WAITS_IN"*) if [ -n "$UV_WAITS_IN" ]; then echo waiting; exec sleep 600; fi;; esac
@@ -28,7 +28,7 @@ case "$*" in *"$UV_FAILS_IN"*) if [ -n "$UV_FAILS_IN" ]; then exit 2; fi;; esac
 
 
 class Project:
-    """A folder with install.py in it, whose requirements this Python does not meet, and a stand-in for uv."""
+    """A folder with install.py, requirements that this Python does not meet, and a fake uv."""
 
     def __init__(self, path: Path):
         self.path, self.venv, self.log = path / "eyes", path / "eyes" / ".venv", path / "uv.log"
@@ -43,7 +43,7 @@ class Project:
         self.variables = surroundings(path, PATH=f"{path / 'bin'}:/usr/bin:/bin")
 
     def index(self, address: str, answer_s: float = 5) -> None:
-        """Put another address in the place of PyTorch's index."""
+        """Replace the URL of PyTorch's index."""
         assert self.script.count(f'"{INDEX}"') == self.script.count("\nINDEX_TIMEOUT_S = 5 ") == 1
         script = self.script.replace(INDEX, address).replace(
             "\nINDEX_TIMEOUT_S = 5 ", f"\nINDEX_TIMEOUT_S = {answer_s} "
@@ -54,11 +54,11 @@ class Project:
         (self.path / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
 
     def install(self, *options: str, **variables: str) -> tuple[int, str]:
-        """Run it; return its exit code and what it says."""
+        """Run it; return its exit code and output."""
         return run([sys.executable, "install.py", *options], self.path, {**self.variables, **variables})
 
     def asked_of_uv(self) -> list[str]:
-        """What uv was told, without the paths, which are long."""
+        """The arguments of uv's calls, with shortened paths."""
         lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
         return [
             line.replace(str(self.path), ".").replace(sys.executable, "PYTHON").replace("./.venv", ".venv")
@@ -66,7 +66,7 @@ class Project:
         ]
 
     def make_venv(self) -> Path:
-        """Make a .venv whose Python is this one, and return a file in it that is its user's."""
+        """Make a .venv with this Python, and return a user's file in it."""
         (self.venv / "bin").mkdir(parents=True)
         (self.venv / "bin" / "python").symlink_to(sys.executable)
         (self.venv / "mine").touch()
@@ -82,25 +82,25 @@ MAKE = "venv --quiet --python PYTHON .venv"
 ADD = "pip install --python .venv/bin/python --quiet"
 
 
-def test_a_python_that_has_all_is_used_and_nothing_is_made(project):
+def test_a_python_with_all_packages_is_used_as_is(project):
     project.require("pytest>=8  # a comment", "", "# another", "hypothesis>=6,<1000")
     assert project.install() == (0, f"{sys.executable} has all required packages\n")
     assert not project.venv.exists() and project.asked_of_uv() == []
 
 
-def test_uv_makes_the_environment_where_it_is_on_the_path(project):
+def test_uv_creates_the_environment_if_it_is_on_the_path(project):
     code, said = project.install()
     assert code == 0 and said.endswith(f"{project.venv}/bin/python has all required packages\n"), said
     assert project.asked_of_uv() == [MAKE, f"{ADD} -r ./requirements.txt"]
 
 
-def test_a_venv_that_lacks_something_is_completed(project):
+def test_an_incomplete_venv_is_updated(project):
     mine = project.make_venv()
     assert project.install()[0] == 0
     assert project.asked_of_uv() == [f"{ADD} -r ./requirements.txt"] and mine.exists()
 
 
-def test_a_venv_that_has_all_is_left_alone(project):
+def test_a_complete_venv_is_left_alone(project):
     mine = project.make_venv()
     project.require("pytest>=8")
     assert project.install() == (0, f"{project.venv}/bin/python has all required packages\n")
@@ -109,7 +109,7 @@ def test_a_venv_that_has_all_is_left_alone(project):
 
 @pytest.fixture(params=["no interpreter", "file", "dangling link", "too old", "interpreter is gone"])
 def broken(request, project) -> Path:
-    """A .venv that cannot be used."""
+    """An unusable .venv."""
     if request.param == "file":
         project.venv.touch()
     elif request.param == "dangling link":
@@ -131,13 +131,13 @@ def test_a_broken_venv_is_replaced(project, broken):
     assert (broken / "bin" / "python").resolve() == Path(sys.executable).resolve()
 
 
-def test_a_broken_venv_is_only_removed_where_this_python_has_all(project, broken):
+def test_a_broken_venv_is_removed_even_if_this_python_has_all_packages(project, broken):
     project.require("pytest>=8")
     assert project.install()[0] == 0
     assert not os.path.lexists(broken) and project.asked_of_uv() == []
 
 
-def test_a_folder_that_is_no_environment_is_never_removed(project):
+def test_a_folder_that_is_not_an_environment_is_never_removed(project):
     (project.path / "mine").mkdir()
     (project.path / "mine" / "thesis.tex").touch()
     code, said = project.install("--venv", "mine")
@@ -156,7 +156,7 @@ def test_another_folder_and_other_requirements_are_used_whatever_this_python_has
 
 
 @pytest.mark.parametrize("part", ["venv", "pip install"])
-def test_what_was_made_is_removed_where_a_command_fails(project, part):
+def test_a_new_venv_is_removed_if_a_command_fails(project, part):
     code, said = project.install(UV_FAILS_IN=part)
     assert code == 1 and not project.venv.exists()
     last = said.splitlines()[-1]
@@ -164,7 +164,7 @@ def test_what_was_made_is_removed_where_a_command_fails(project, part):
     assert "Traceback" not in said
 
 
-def test_a_venv_that_was_there_stays_where_a_command_fails(project):
+def test_an_existing_venv_is_kept_if_a_command_fails(project):
     mine = project.make_venv()
     assert project.install(UV_FAILS_IN="pip install")[0] == 1
     assert mine.exists()
@@ -176,7 +176,7 @@ def test_requirements_that_cannot_be_read_change_nothing(project, broken):
     assert os.path.lexists(broken) and project.asked_of_uv() == []
 
 
-def test_ctrl_c_leaves_nothing_half_made(project):
+def test_ctrl_c_leaves_nothing_unfinished(project):
     process = subprocess.Popen(
         [sys.executable, "install.py"],
         cwd=project.path,
@@ -189,7 +189,7 @@ def test_ctrl_c_leaves_nothing_half_made(project):
     while process.stdout and process.stdout.readline() != "waiting\n":
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate()[0] == "install.py: stopped\n"  # the pipe is closed once no process is left
+    assert process.communicate()[0] == "install.py: stopped\n"  # the pipe closes when no process is left
     assert process.returncode == 130 and not project.venv.exists()
 
 
@@ -208,7 +208,7 @@ def test_ctrl_c_leaves_nothing_half_made(project):
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the sizes are Linux's")
-def test_a_plan_says_what_would_be_done_and_does_nothing(project, state, said):
+def test_a_plan_says_what_would_be_done_and_changes_nothing(project, state, said):
     variables = {"PATH": "/usr/bin:/bin"} if state == "no uv" else {}
     if state == "incomplete":
         project.make_venv()
@@ -217,7 +217,7 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(project, state, said):
     elif state == "all is there":
         project.venv.touch()
         project.require("pytest>=8")
-    assert state == "all is there" or len(f"  1. environment: {said.rstrip()}") <= 80  # how the hook prints it
+    assert state == "all is there" or len(f"  1. environment: {said.rstrip()}") <= 80  # as the hook prints it
     before = sorted(project.path.rglob("*"))
     assert project.install("--plan", *(["--gpu"] if state == "gpu" else []), **variables) == (0, said)
     assert sorted(project.path.rglob("*")) == before and project.asked_of_uv() == []
@@ -237,7 +237,7 @@ ONLY_PIP_CAN_JUDGE = ["has_4[extra]", "has_4; python_version < '4'", "has_4 @ fi
     "lacking",
     ["", "has_29>=2.10", "has_29>=2.8,<2.9.2", "has_214<2.9", "has_30>=3", "absent", "broken", *ONLY_PIP_CAN_JUDGE],
 )
-def test_a_python_has_all_if_it_meets_each_requirement(project, tmp_path, lacking):
+def test_a_python_has_all_packages_if_it_meets_each_requirement(project, tmp_path, lacking):
     for name, version in {"has_29": "2.9.2", "has_214": "2.14.1+cpu", "has_30": "3.0rc1", "has_4": "4"}.items():
         pretend_installed(tmp_path / "packages", name, version)
     (tmp_path / "packages" / "broken-1.dist-info").mkdir()
@@ -248,7 +248,7 @@ def test_a_python_has_all_if_it_meets_each_requirement(project, tmp_path, lackin
 
 
 def test_every_requirement_of_the_project_is_understood(project, tmp_path):
-    """Else .venv would be made where it is not needed."""
+    """Otherwise, .venv would be created when it is not needed."""
     requirements = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
     (project.path / "requirements.txt").write_text(requirements, encoding="utf-8")
     lines = [line.partition("#")[0].strip() for line in requirements.splitlines()]
@@ -258,7 +258,7 @@ def test_every_requirement_of_the_project_is_understood(project, tmp_path):
     assert (code, said) == (0, f"{sys.executable} has all required packages\n")
 
 
-def test_a_python_that_is_too_old_is_told_in_one_line(project):
+def test_a_python_that_is_too_old_is_reported_in_one_line(project):
     program = "import runpy, sys; sys.version_info = (3, 9); runpy.run_path('install.py', run_name='__main__')"
     code, said = run([sys.executable, "-c", program], project.path, project.variables)
     assert code == 1 and len(said.splitlines()) == 1
@@ -274,7 +274,7 @@ def test_without_a_venv_module_nothing_is_left(project, tmp_path):
 
 @pytest.fixture
 def index(tmp_path):
-    """A web server that serves tmp_path/index, and so is a package index: its address."""
+    """The URL of a web server that serves tmp_path/index as a package index."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -306,11 +306,11 @@ def make_wheel(folder: Path, name: str, version: str, size: int = 0) -> None:
         wheel.writestr(f"{info}/RECORD", "")
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch has no CUDA")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, PyTorch has no CUDA")
 
 
 @linux
-def test_uv_takes_pytorch_without_cuda_where_the_index_of_cpu_wheels_answers(project, index, tmp_path):
+def test_uv_uses_cpu_only_pytorch_if_the_index_of_cpu_wheels_answers(project, index, tmp_path):
     (tmp_path / "index" / "torch").mkdir(parents=True)
     project.index(index)
     code, said = project.install()
@@ -319,7 +319,7 @@ def test_uv_takes_pytorch_without_cuda_where_the_index_of_cpu_wheels_answers(pro
 
 
 @pytest.mark.parametrize("why", ["refused", "not found", "silent", "no HTTP", "gpu", "settings", "macOS"])
-def test_the_default_pytorch_is_taken_where_that_index_does_not_answer_or_is_not_wanted(project, index, why):
+def test_the_default_pytorch_is_used_if_that_index_does_not_answer_or_is_not_wanted(project, index, why):
     command = [sys.executable, "install.py"]
     if why == "not found":
         project.index(index)
@@ -342,7 +342,7 @@ def test_the_default_pytorch_is_taken_where_that_index_does_not_answer_or_is_not
     assert ("trying" in said, "No answer: using the default build" in said) == (asks, asks)
 
 
-def test_the_templates_make_uses_it(project, tmp_path):
+def test_the_templates_makefile_uses_it(project, tmp_path):
     template = tmp_path / "template"
     (template / PROJECT.name).mkdir(parents=True)
     for path in (TEMPLATE / "Makefile", TEMPLATE / "requirements-dev.txt"):
@@ -361,7 +361,7 @@ def test_the_templates_make_uses_it(project, tmp_path):
 
 @pytest.mark.slow
 @linux
-def test_venv_and_pip_make_complete_and_replace_the_environment(project, index, tmp_path):
+def test_venv_and_pip_create_update_and_replace_the_environment(project, index, tmp_path):
     make_wheel(tmp_path / "index" / "cpu" / "torch", "torch", "2.9.1+cpu")
     make_wheel(tmp_path / "index" / "default" / "torch", "torch", "2.9.1")
     make_wheel(tmp_path / "index" / "default" / "tiny", "tiny", "1.2")
@@ -379,7 +379,7 @@ def test_venv_and_pip_make_complete_and_replace_the_environment(project, index, 
 
     project.require("tiny>=1", "torch>=2.4", "more")
     shutil.rmtree(tmp_path / "index" / "cpu" / "torch")
-    (tmp_path / "index" / "cpu" / "torch").mkdir()  # it answers, and has nothing
+    (tmp_path / "index" / "cpu" / "torch").mkdir()  # it answers but is empty
     code, said = project.install(**pip)
     assert code == 0 and installed() == ["more-1.0.dist-info", "tiny-1.2.dist-info", "torch-2.9.1+cpu.dist-info"], said
     (project.venv / "bin" / "python").unlink()
@@ -389,7 +389,7 @@ def test_venv_and_pip_make_complete_and_replace_the_environment(project, index, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("why", ["no such package", "disk full"])
-def test_nothing_is_left_where_pip_fails(project, tmp_path, why):
+def test_nothing_is_left_if_pip_fails(project, tmp_path, why):
     if why == "disk full":
         make_wheel(tmp_path / "wheels", "tiny", "1.2", size=20_000_000)
     pip = {"PATH": "/usr/bin:/bin", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_NO_INDEX": "1"}

@@ -42,7 +42,7 @@ NASTY_NAME = st.text(st.sampled_from(NASTY), min_size=1).filter(str.strip)
 
 
 def examples(test):
-    """Try all of NAMES besides what hypothesis finds."""
+    """Try all of NAMES in addition to what hypothesis finds."""
     for name in NAMES:
         test = example(name)(test)
     return test
@@ -69,14 +69,14 @@ def test_any_name_renders_valid_files_and_is_the_name_in_settings(bake, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ruff_finds_nothing_whatever_the_name(bake, name):
+def test_ruff_passes_whatever_the_name(bake, name):
     project = bake(project_name=as_typed(name))
     assert project.ruff("check", "settings.py") == ""
     assert project.ruff("format", "--check", "settings.py") == ""
 
 
 @pytest.mark.parametrize("name", ["plain", "%(prog)d 100 %", "{{ 7 * 7 }}"])
-def test_the_help_of_a_project_works_whatever_its_name(bake, name):
+def test_help_works_whatever_the_projects_name(bake, name):
     project = bake(project_name=as_typed(name))
     help_ = subprocess.run([sys.executable, "job.py", "--help"], cwd=project.path, capture_output=True, text=True)
     assert (help_.returncode, help_.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""The hook that sets a project up: every branch with faked processes, and all of it for real on a tiny project."""
+"""The hook that sets a project up: every branch with fake processes, and all of it for real on a tiny project."""
 
 import ast
 import contextlib
@@ -31,9 +31,9 @@ PLAN, INSTALL, FETCH, CHECK = "PYTHON install.py --plan", "PYTHON install.py", "
 
 
 class Hook:
-    """The hook's functions before it is rendered, in a project, with processes that are not started but written down.
+    """The hook's functions before it is rendered, in a project, with processes that are recorded instead of started.
 
-    `fails` says which of them fail: {how the command ends: reason}; `interrupted_in` where Ctrl-C is pressed.
+    `fails` says which of them fail: {end of the command: reason}; `interrupted_in` is where Ctrl-C is pressed.
     """
 
     def __init__(self, monkeypatch, capfd):
@@ -58,7 +58,7 @@ class Hook:
         return next((reason for end, reason in self.fails.items() if line.endswith(end)), "")
 
     def __call__(self, **answers) -> tuple[int, str]:
-        """Run the hook; return its exit code and what it says."""
+        """Run the hook; return its exit code and output."""
         code = self.globals["main"]({**DEFAULTS, **answers})
         return code, self.capfd.readouterr().out
 
@@ -73,7 +73,7 @@ def hook(monkeypatch, capfd, tmp_path) -> Hook:
 
 
 def last_commands(said: str) -> list[str]:
-    """Return the indented lines at the end: commands to type, of which the first enters the project."""
+    """Return the indented lines at the end: commands to type, the first one a cd into the project."""
     lines = said.rstrip().splitlines()
     return [line.strip() for line in lines[max(i for i, line in enumerate(lines) if not line.startswith("  ")) + 1 :]]
 
@@ -97,7 +97,7 @@ def test_the_steps_are_the_projects_own_commands(hook):
     assert last_commands(said) == [f"cd {Path.cwd()}", f"{sys.executable} job.py"]
 
 
-def test_the_projects_own_interpreter_is_used_where_it_has_one(hook):
+def test_the_projects_own_interpreter_is_used_if_there_is_one(hook):
     hook.makes_venv = True
     code, said = hook()
     assert code == 0
@@ -106,7 +106,7 @@ def test_the_projects_own_interpreter_is_used_where_it_has_one(hook):
     assert last_commands(said) == [f"cd {Path.cwd()}", f"{VENV_PYTHON} job.py"]
 
 
-def test_the_plan_comes_first_and_each_step_tells_its_time(hook):
+def test_the_plan_comes_first_and_each_step_prints_its_time(hook):
     said = hook()[1]
     order = ["1. environment: ", "170 MB", "3. check", "== 1/3 environment: ", "== 2/3 data: ", "== 3/3 check: "]
     assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
@@ -117,7 +117,7 @@ def test_the_plan_comes_first_and_each_step_tells_its_time(hook):
     ("dataset", "size"),
     [("cifar10", "170 MB"), ("fashion_mnist", "30 MB"), ("bloodmnist", "35 MB"), ("digits", "no download")],
 )
-def test_the_plan_says_how_much_is_downloaded_as_the_question_does(hook, dataset, size):
+def test_the_plan_and_the_question_agree_on_the_download_size(hook, dataset, size):
     assert f"2. data: {dataset}, {size}" in hook(dataset=dataset)[1]
     assert size in ANSWERS["__prompts__"]["dataset"][dataset]
 
@@ -133,7 +133,7 @@ def test_the_output_fits_80_columns_except_for_paths(hook, dataset, fails, setup
     assert [line for line in said.splitlines() if len(line) > 80] == []
 
 
-def test_the_plan_says_how_long_data_and_check_may_take_and_how_to_set_it(hook, monkeypatch):
+def test_the_plan_has_the_time_limits_and_how_to_set_them(hook, monkeypatch):
     said = hook()[1]
     assert "at most 600 s (FL_DATA_TIMEOUT)" in said and "at most 300 s (FL_CHECK_TIMEOUT)" in said
     assert hook.options[f"PYTHON {CHECK}"] == {"limit": 300}
@@ -144,7 +144,7 @@ def test_the_plan_says_how_long_data_and_check_may_take_and_how_to_set_it(hook, 
     assert hook.options[f"PYTHON {CHECK}"] == {"limit": 90}
 
 
-def test_a_limit_that_is_no_number_is_told_before_anything_starts(hook, monkeypatch):
+def test_a_limit_that_is_not_a_number_is_reported_before_anything_starts(hook, monkeypatch):
     monkeypatch.setenv("FL_CHECK_TIMEOUT", "soon")
     code, said = hook()
     assert code == 0 and hook.commands == []
@@ -157,7 +157,7 @@ def test_for_digits_nothing_is_fetched(hook):
     assert hook.commands == [PLAN, INSTALL, f"PYTHON {CHECK}"]
 
 
-def test_own_images_are_prepared_only_where_they_are_known(hook, monkeypatch):
+def test_own_images_are_prepared_only_if_their_folder_is_known(hook, monkeypatch):
     said = hook(dataset="image_folder")[1]
     assert "2/3 data: skipped" in said and "FL_DATA_ROOT" in said
     assert hook.commands[2:] == [f"PYTHON {CHECK} --dataset digits"]
@@ -176,7 +176,7 @@ def test_without_an_environment_the_other_steps_are_not_tried(hook):
 
 
 @pytest.mark.parametrize("makes_venv", [False, True])
-def test_data_that_cannot_be_fetched_do_not_stop_the_check(hook, makes_venv):
+def test_a_failed_download_does_not_stop_the_check(hook, makes_venv):
     hook.fails, hook.makes_venv = {FETCH: "exit code 2"}, makes_venv
     code, said = hook()
     check = f"{VENV_PYTHON if makes_venv else 'PYTHON'} {CHECK} --dataset digits"  # it would ask every mirror again
@@ -185,7 +185,7 @@ def test_data_that_cannot_be_fetched_do_not_stop_the_check(hook, makes_venv):
     assert last_commands(said)[1:] == [FETCH if makes_venv else f"PYTHON={sys.executable} {FETCH}"]
 
 
-def test_a_failed_check_is_not_verified_and_tells_how_to_try_again(hook):
+def test_a_failed_check_is_not_verified_and_says_how_to_try_again(hook):
     hook.fails = {CHECK: "exit code 1"}
     code, said = hook()
     assert code == 0
@@ -202,7 +202,7 @@ def test_any_failed_step_is_an_error_only_if_strict(hook, monkeypatch, end, stri
     assert hook()[0] == strict
 
 
-def test_strict_is_content_where_nothing_fails(hook, monkeypatch):
+def test_strict_passes_if_nothing_fails(hook, monkeypatch):
     monkeypatch.setenv("FL_TEMPLATE_STRICT", "1")
     assert hook()[0] == 0
     assert hook(dataset="image_folder")[0] == 0
@@ -219,7 +219,7 @@ def test_nothing_is_started_after_an_interruption(hook, end):
 
 
 @pytest.mark.parametrize("name", ["my projects", "my\tprojects", "Ann's", 'so "called"', "back\\slash", "#1"])
-def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_path, name):
+def test_nothing_is_installed_in_a_path_that_nvflare_does_not_support(hook, monkeypatch, tmp_path, name):
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     code, said = hook()
@@ -228,13 +228,13 @@ def test_nothing_is_installed_where_nvflare_cannot_run(hook, monkeypatch, tmp_pa
     assert f"  cd {shlex.quote(str(Path.cwd()))}" in said
 
 
-def test_the_hook_refuses_the_same_paths_as_the_project(hook):
+def test_the_hook_rejects_the_same_paths_as_the_project(hook):
     code = ast.parse((PROJECT / "federation" / "launch" / "options.py").read_text(encoding="utf-8"))
     rules = {ast.unparse(node.targets[0]): node.value for node in code.body if isinstance(node, ast.Assign)}
     assert hook.globals["UNSUPPORTED_PATH"] == ast.literal_eval(rules["UNSUPPORTED_PATH"])
 
 
-def test_nothing_at_all_is_done_for_a_comparison(hook, monkeypatch):
+def test_nothing_is_done_for_a_comparison_by_cruft(hook, monkeypatch):
     temporary = Path.cwd().parent
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     for folder, compared in [("tmpab_c1xyz", True), ("tmp.ab_c1xyz", False), ("projects", False)]:
@@ -242,24 +242,24 @@ def test_nothing_at_all_is_done_for_a_comparison(hook, monkeypatch):
         project.mkdir(parents=True)
         monkeypatch.chdir(project)
         assert (hook(setup="skip", _commit="abc")[1] == "") == compared
-        assert hook(setup="skip")[1] != ""  # not by cruft: someone's own project in a temporary folder
+        assert hook(setup="skip")[1] != ""  # not by cruft: a user's project in a temporary folder
 
 
-def test_ctrl_c_while_a_process_is_being_started_leaves_none(hook, monkeypatch):
+def test_ctrl_c_while_a_process_starts_leaves_none(hook, monkeypatch):
     started = []
 
     class Popen(subprocess.Popen):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             started.append(self)
-            hook.globals["received"].append(True)  # before the caller has got the process
+            hook.globals["received"].append(True)  # before the caller has the process
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     assert hook.run("sleep", "600") == "interrupted"
     assert started[0].poll() is not None
 
 
-def test_a_command_fails_in_words(hook):
+def test_a_failed_command_has_a_readable_reason(hook):
     assert hook.run(sys.executable, "-c", "") == ""
     assert hook.run("false") == "exit code 1"
     assert hook.run("no-such-command") == "cannot run no-such-command: No such file or directory"
@@ -272,7 +272,7 @@ def test_a_command_gets_its_variables_and_no_terminal(hook):
     assert hook.capfd.readouterr().out == "é b True True\n"
 
 
-# The whole hook for real, as cookiecutter runs it: on a project whose job.py only tells what it is told.
+# The whole hook for real, as cookiecutter runs it, on a project whose job.py only prints its arguments.
 
 JOB = """
 import os, pathlib, signal, subprocess, sys
@@ -304,7 +304,7 @@ def tiny_template(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def start(tiny_template, tmp_path):
-    """Start cookiecutter on the tiny template, in a session of its own, as in a terminal: `start(rounds="3")`."""
+    """Start cookiecutter on the tiny template in a new session, as in a terminal: `start(rounds="3")`."""
     started = []
 
     def start(*options: str, variables=None, **answers) -> subprocess.Popen:
@@ -329,7 +329,7 @@ def start(tiny_template, tmp_path):
             process.stdout.close()
 
 
-def test_a_real_run_does_all_steps_in_plain_lines(start, tmp_path):
+def test_a_real_run_does_all_steps_without_control_characters(start, tmp_path):
     process = start(project_slug="eyes")
     said = process.communicate()[0]
     assert process.returncode == 0
@@ -346,7 +346,7 @@ def test_answers_are_data(start):
     assert process.returncode == 0 and "job.py --check" in said, said
 
 
-def test_a_failure_keeps_the_project_and_strict_tells_cookiecutter(start, tmp_path):
+def test_a_failure_keeps_the_project_unless_strict(start, tmp_path):
     process = start(project_slug="kept", variables={"CODE": "1"})
     assert "NOT VERIFIED" in process.communicate()[0]
     assert process.returncode == 0 and (tmp_path / "kept" / "job.py").exists()
@@ -355,13 +355,13 @@ def test_a_failure_keeps_the_project_and_strict_tells_cookiecutter(start, tmp_pa
     assert process.returncode != 0 and not (tmp_path / "strict").exists()
 
 
-def test_a_path_that_the_terminal_cannot_show_is_no_fault(start, tmp_path):
+def test_a_path_that_the_terminal_cannot_show_is_not_an_error(start, tmp_path):
     process = start("--output-dir", "médias", project_slug="eyes", variables={"PYTHONIOENCODING": "ascii"})
     assert "NOT VERIFIED" not in process.communicate()[0]
     assert process.returncode == 0 and (tmp_path / "médias" / "eyes" / "job.py").exists()
 
 
-def test_a_reader_that_goes_away_is_no_fault(start, tmp_path):
+def test_a_closed_pipe_is_not_an_error(start, tmp_path):
     process = start(project_slug="eyes")
     process.stdout.close()
     assert process.wait() == 0
@@ -393,11 +393,11 @@ def test_ctrl_c_keeps_the_project_and_leaves_no_process(start, tmp_path, wait_in
     pids = [int(pid) for pid in (tmp_path / "pids").read_text(encoding="utf-8").split()]
     assert all(is_running(pid) for pid in pids)
     if signals == "terminal":
-        os.killpg(process.pid, signal.SIGINT)  # cookiecutter and the hook, not what the hook has started
+        os.killpg(process.pid, signal.SIGINT)  # cookiecutter and the hook, not the processes of the hook
     else:
         [hook] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
         os.kill(int(hook), signal.SIGTERM)
-    said = process.stdout.read()  # until all that write into it have ended
+    said = process.stdout.read()  # until all its writers have ended
     assert (process.wait() == 0) == (signals != "terminal")
     assert "NOT VERIFIED: interrupted" in said
     assert (tmp_path / "eyes" / "job.py").exists()

@@ -1,4 +1,4 @@
-"""Setting a project up, for real, where mirrors fail and where somebody presses Ctrl-C. Without a network."""
+"""Setting up a real project with failing mirrors, and with Ctrl-C. Without a network."""
 
 import hashlib
 import http.server
@@ -23,14 +23,14 @@ from template import PROJECT, TEMPLATE, command, run, surroundings
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the processes of others are seen on Linux alone"),
+    pytest.mark.skipif(sys.platform != "linux", reason="other processes are visible only on Linux"),
 ]
 
 ARCHIVE = "cifar-10-python.tar.gz"
 FAKE_UV = "#!/bin/sh\necho uv is waiting\nexec sleep 600\n"
 SHORT_CHECK = "import sys\nif '--check' in sys.argv:\n    sys.exit(print('checked', *sys.argv[2:]))\n"
 
-# Python runs this first in every process. It puts the stand-in and this machine's mirrors in place of the real ones.
+# Python runs this first in every process. It replaces the archive and its mirrors by fakes on this machine.
 SITE = """
 import dataclasses, importlib.machinery, sys
 
@@ -78,7 +78,7 @@ def make_cifar10() -> tuple[bytes, dict[str, str]]:
 
 
 class Mirrors(http.server.ThreadingHTTPServer):
-    """Web server whose folders are mirrors: /whole/ is good, /half/ breaks off, /wrong/ is wrong, /silent/ hangs."""
+    """Web server whose folders are mirrors: /whole/ works, /half/ breaks off, /wrong/ is corrupt, /silent/ hangs."""
 
     daemon_threads = True
 
@@ -106,7 +106,7 @@ class Mirrors(http.server.ThreadingHTTPServer):
             pass
 
     def site(self, folder: Path, *kinds: str) -> Path:
-        """Write the module that makes these the mirrors, in this order."""
+        """Write the module that sets these mirrors, in this order."""
         mirrors = tuple(f"http://127.0.0.1:{self.server_port}/{kind}/" for kind in kinds)
         text = SITE.format(archive=ARCHIVE, md5=md5(self.archive), mirrors=mirrors, inner=self.inner)
         folder.mkdir()
@@ -134,14 +134,14 @@ def template(tmp_path) -> Path:
 
 @pytest.fixture
 def shorten_check(template):
-    """The check only tells what it is told."""
+    """Make the check only print its arguments."""
     job = template / PROJECT.name / "job.py"
     job.write_text(SHORT_CHECK + job.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 @pytest.fixture
 def cookiecutter(template, tmp_path, mirrors):
-    """The command and the surroundings that render the template into tmp_path: `cookiecutter("half", "whole")`."""
+    """The command and environment that render the template into tmp_path: `cookiecutter("half", "whole")`."""
 
     def cookiecutter(*kinds: str, **answers) -> tuple[list[str], Path, dict[str, str]]:
         site = mirrors.site(tmp_path / f"site-{'-'.join(kinds)}", *kinds)
@@ -152,12 +152,12 @@ def cookiecutter(template, tmp_path, mirrors):
 
 
 def cached(tmp_path: Path) -> list[str]:
-    """The names in the cache of data, without those of locks."""
+    """The names in the data cache, without locks."""
     return sorted(path.name for path in (tmp_path / "cache").glob("fl-lightning/*") if path.suffix != ".lock")
 
 
 @pytest.mark.federation
-def test_where_a_mirror_breaks_off_and_one_is_wrong_the_next_is_taken(cookiecutter, mirrors, tmp_path):
+def test_after_a_broken_and_a_corrupt_mirror_the_next_one_is_used(cookiecutter, mirrors, tmp_path):
     arguments, cwd, env = cookiecutter("half", "wrong", "whole")
     code, said = run(arguments, cwd, {**env, "FL_TEMPLATE_STRICT": "1"})
     assert code == 0, said
@@ -169,7 +169,7 @@ def test_where_a_mirror_breaks_off_and_one_is_wrong_the_next_is_taken(cookiecutt
 
 
 @pytest.mark.usefixtures("shorten_check")
-def test_where_no_mirror_answers_each_is_asked_once_and_the_check_takes_digits(cookiecutter, mirrors, tmp_path):
+def test_if_no_mirror_works_each_is_tried_once_and_the_check_uses_digits(cookiecutter, mirrors, tmp_path):
     code, said = run(*cookiecutter("silent", "wrong"))
     assert code == 0 and (tmp_path / "eyes" / "job.py").exists()
     assert mirrors.asked == ["silent", "wrong"], said
@@ -178,7 +178,7 @@ def test_where_no_mirror_answers_each_is_asked_once_and_the_check_takes_digits(c
 
 
 @pytest.mark.usefixtures("shorten_check")
-def test_two_renderings_at_once_download_once(cookiecutter, mirrors, tmp_path):
+def test_two_concurrent_renderings_download_once(cookiecutter, mirrors, tmp_path):
     arguments, cwd, env = cookiecutter("whole")
     nothing: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     slugs = [[], ["project_slug=ears"]]
@@ -189,7 +189,7 @@ def test_two_renderings_at_once_download_once(cookiecutter, mirrors, tmp_path):
 
 
 class Terminal:
-    """A shell at a terminal that runs one command and then waits for a line, as shells do."""
+    """A shell on a terminal that runs one command and then waits for a line, like a prompt."""
 
     def __init__(self, args: list[str], cwd: Path, env: dict[str, str]):
         self.said = ""
@@ -201,7 +201,7 @@ class Terminal:
 
     def read_until(self, text: str) -> None:
         while text not in self.said:
-            assert "[ready]" not in self.said, self.said  # the command has ended without a word of it
+            assert "[ready]" not in self.said, self.said  # the command has ended without printing it
             try:
                 self.said += os.read(self.screen, 4096).decode(errors="replace")
             except OSError:  # the last process on this terminal has ended
@@ -217,7 +217,7 @@ class Terminal:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """The command lines of the processes that work in a folder or below it, or name it."""
+    """The command lines of all processes that run in a folder or below it, or name it."""
     found = []
     for process in psutil.process_iter(["cmdline", "cwd"]):
         words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]

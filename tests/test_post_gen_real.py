@@ -1,4 +1,4 @@
-"""Setting a project up, for real: a federation, an interpreter without the packages, and cruft. Without a network."""
+"""Setting up a real project: a federation, an interpreter without packages, and cruft. Without a network."""
 
 import os
 import re
@@ -20,7 +20,7 @@ PROXIES = dict.fromkeys([*VARIABLES, *map(str.upper, VARIABLES)], NOWHERE)
 
 @pytest.fixture
 def offline(tmp_path):
-    """Run a command without a network; return its exit code and what it says."""
+    """Run a command without a network; return its exit code and output."""
 
     def offline(*words: str, cwd: Path = tmp_path, **variables: str) -> tuple[int, str]:
         return run([*words], cwd, surroundings(tmp_path, **PROXIES, **variables))
@@ -57,7 +57,7 @@ def test_offline_without_the_packages_says_why_and_keeps_the_project(offline, tm
     assert "2/3" not in said
 
 
-# What cruft renders to compare is no project: the hook does nothing there. job.py here is one line that leaves a trace.
+# For the renderings that cruft only compares, the hook does nothing. Here, job.py only leaves a trace.
 
 
 @pytest.fixture

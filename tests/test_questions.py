@@ -1,4 +1,4 @@
-"""The questions, and the answers that are refused before anything is written."""
+"""The questions, and the answers that are rejected before anything is written."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ GOOD = {"project_name": "Eyes", "project_slug": "eyes", "num_clients": "2", "rou
 
 @pytest.fixture
 def refusal(cookies, tmp_path, capfd):
-    """Give answers that must be refused; return the lines that the user reads."""
+    """Give answers that must be rejected; return the lines that the user sees."""
 
     def refusal(**answers) -> list[str]:
         result = cookies.bake(extra_context=checked(answers), template=str(TEMPLATE))
@@ -85,13 +85,13 @@ def test_the_default_answers_are_accepted(bake):
         ("rounds", "ten", "from 1 to 10000"),
     ],
 )
-def test_a_fault_is_refused_in_one_line_that_says_what_is_allowed(refusal, question, answer, allowed):
+def test_an_invalid_answer_is_rejected_in_one_line_that_says_what_is_allowed(refusal, question, answer, allowed):
     [line] = refusal(**{question: answer})
     assert line.startswith(f"{question} is {answer!r}")
     assert allowed in line
 
 
-def test_all_faults_are_named_at_once(refusal):
+def test_all_invalid_answers_are_reported_at_once(refusal):
     lines = refusal(project_name="a\tb", project_slug="3eyes", num_clients="1001", rounds="-1")
     assert [line.split()[0] for line in lines] == ["project_name", "project_slug", "num_clients", "rounds"]
 
@@ -99,12 +99,12 @@ def test_all_faults_are_named_at_once(refusal):
 @pytest.mark.parametrize(
     "slug", ["", "1eye", "-eye", "_eye", "eye-", "eye_", "an eye", "eye.s", "éye", "eye\n", "a/b", "a" * 65]
 )
-def test_a_slug_is_refused_for_its_characters_or_length(faults, slug):
+def test_a_slug_is_rejected_for_its_characters_or_length(faults, slug):
     assert len(faults({**GOOD, "project_slug": slug})) == 1
 
 
-@pytest.mark.parametrize("slug", ["a", "z9", "an-eye_2", "data", "torch", "a" * 64])
-def test_a_good_slug_is_accepted(faults, slug):
+@pytest.mark.parametrize("slug", ["a", "z9", "an-eye_2", "data", "a" * 64])
+def test_a_valid_slug_is_accepted(faults, slug):
     assert faults({**GOOD, "project_slug": slug}) == []
 
 
@@ -117,7 +117,7 @@ def test_a_number_is_whole_and_within_its_bounds(faults, question, highest):
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda path: path.stem)
-def test_a_hook_uses_the_standard_library_alone(hook):
+def test_a_hook_uses_only_the_standard_library(hook):
     for node in ast.walk(ast.parse(hook.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -125,7 +125,7 @@ def test_a_hook_uses_the_standard_library_alone(hook):
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda path: path.stem)
-def test_a_hook_takes_the_answers_as_json_and_holds_no_other_template_code(hook):
+def test_a_hook_takes_the_answers_as_json_and_has_no_other_template_code(hook):
     text = hook.read_text(encoding="utf-8")
     assert len(re.findall(r"json\.loads\(\{\{ ?cookiecutter \| tojson \| tojson ?\}\}\)", text)) == 1
     assert len(re.findall(r"\{\{|\{%|\{#", text)) == 1

@@ -91,8 +91,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     if distribution.counts:
         results.show_distribution(distribution.counts)
     print(
-        f"\nrun {run.path}: {ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, "
-        f"rounds: {options.num_rounds}\nlog: {run.log}"
+        f"\n{ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {run.log}"
     )
     if start.run:
         print(start.note(options))

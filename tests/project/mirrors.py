@@ -88,7 +88,7 @@ def make_bloodmnist() -> StandIn:
         arrays[f"{split}_images"] = images[:, 2:-2, 2:-2, np.newaxis].repeat(3, axis=3)
         arrays[f"{split}_labels"] = labels[:, np.newaxis].astype(np.uint8) % 8
     packed = io.BytesIO()
-    np.savez(packed, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes an array for allow_pickle
+    np.savez(packed, **arrays)  # type: ignore[arg-type]  # NumPy's stub takes an array for allow_pickle  # type: ignore[arg-type]  # NumPy's stub takes an array for allow_pickle
     images, labels = (np.concatenate([arrays[f"train_{kind}"], arrays[f"val_{kind}"]]) for kind in ("images", "labels"))
     return StandIn(
         files={"bloodmnist.npz": packed.getvalue()},

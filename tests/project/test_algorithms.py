@@ -1,4 +1,4 @@
-"""The algorithms: what is refused, where FedOpt begins, what whole federations give, twice and gone on from."""
+"""The algorithms: rejected flags, FedOpt's start, and whole federations, repeated and resumed."""
 
 import dataclasses
 import itertools
@@ -56,43 +56,43 @@ REFUSED = {
         ["--algorithm", "fedprox", "--fedprox_mu", "0"],
         "Invalid value for '--fedprox_mu': 0.0 is not in the range x>0",
     ),
-    "a server that stands still": (
+    "a server that does not learn": (
         ["--algorithm", "fedopt", "--server_learning_rate", "0"],
         "Invalid value for '--server_learning_rate': 0.0 is not in the range x>0",
     ),
-    "a momentum that never ends": (
+    "a momentum of one": (
         ["--algorithm", "fedopt", "--server_momentum", "1"],
         "Invalid value for '--server_momentum': 1.0 is not in the range 0<=x<1",
     ),
-    "a run that is not there": (
+    "a missing run": (
         ["--resume", "nowhere"],
         "--resume nowhere: ",
     ),
-    "a run that was broken off": (["--resume", "broken"], "runs/broken/results.json does not exist: finish a run"),
+    "an interrupted run": (["--resume", "broken"], "runs/broken/results.json does not exist: finish a run"),
     "a run of a newer version": (["--resume", "newer"], "has version 99, but this project reads up to 1"),
-    "a result that is none": (["--resume", "none"], "runs/none/results.json is broken"),
-    "going on from elsewhere": (["--resume", "/nowhere/first/"], "--resume /nowhere/first/: "),
-    "going on with other data": (
+    "a broken result": (["--resume", "none"], "runs/none/results.json is broken"),
+    "resuming from elsewhere": (["--resume", "/nowhere/first/"], "--resume /nowhere/first/: "),
+    "resuming with other data": (
         ["--resume", "first", "--dataset", "cifar10"],
         "--dataset is cifar10, but digits in runs/first: a resumed run keeps its data, sites, seed and algorithm",
     ),
-    "going on with another partition": (
+    "resuming with another partition": (
         ["--resume", "first", "--partition", "shards"],
         "--partition is shards, but iid",
     ),
-    "going on with more sites": (["--resume", "first", "--n_clients", "3"], "--n_clients is 3, but 2 in runs/first"),
-    "going on with another seed": (["--resume", "first", "--seed", "1"], "--seed is 1, but 0 in runs/first"),
-    "going on with another algorithm": (
+    "resuming with more sites": (["--resume", "first", "--n_clients", "3"], "--n_clients is 3, but 2 in runs/first"),
+    "resuming with another seed": (["--resume", "first", "--seed", "1"], "--seed is 1, but 0 in runs/first"),
+    "resuming with another algorithm": (
         ["--resume", "first", "--algorithm", "fedprox"],
         "--algorithm is fedprox, but fedavg in runs/first",
     ),
-    "going on as a check": (["--resume", "first", "--check"], "--check does not resume a run: remove --resume"),
+    "resuming as a check": (["--resume", "first", "--check"], "--check does not resume a run: remove --resume"),
 }
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch) -> Path:
-    """Runs to go on from: one that is finished, one that was broken off, one of another version."""
+    """Runs to resume: one finished, one interrupted, one of another version, and more."""
     (tmp_path / "model.py").write_text("class LitNet(LightningModule): pass\n")
     monkeypatch.setattr(command_line, "PROJECT", tmp_path)
     monkeypatch.setattr("federation.run.folder.RUNS", tmp_path / "runs")
@@ -110,7 +110,7 @@ def parsed(*flags):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses_in_one_line(runs, case):
+def test_invalid_flags_are_rejected_in_one_line(runs, case):
     flags, message = REFUSED[case]
     with pytest.raises(UserError) as refusal:
         parsed("--dataset", "digits", *flags) if "--resume" not in flags else parsed(*flags)
@@ -118,14 +118,14 @@ def test_refuses_in_one_line(runs, case):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_refused_flag_leaves_nothing_behind(project):
+def test_a_rejected_flag_leaves_nothing_behind(project):
     run = project.run("job.py", "--algorithm", "scaffold", "--patience", "3")
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("job.py: --patience is a flag of fedavg and fedprox")
     assert not (project.folder / "runs").exists()
 
 
-def test_a_run_has_the_options_of_its_algorithm_and_of_no_other():
+def test_a_run_has_only_the_options_of_its_own_algorithm():
     own = {name for name, rules in command_line.RULES.items() if "algorithms" in rules}
     values = {name: {n: v for n, v in parsed("--algorithm", name).of_run().items() if n in own} for name in ALGORITHMS}
     assert values == {
@@ -136,11 +136,11 @@ def test_a_run_has_the_options_of_its_algorithm_and_of_no_other():
     }
 
 
-def test_every_algorithm_that_is_offered_is_built():
+def test_every_algorithm_has_a_recipe():
     assert list(ALGORITHMS) == list(recipes.ALGORITHMS)
 
 
-def test_a_run_goes_on_with_its_own_settings(runs):
+def test_a_resumed_run_keeps_its_settings(runs):
     options, start = command_line.parse(["--resume", "first"])
     assert (options.batch_size, options.local_epochs, options.learning_rate) == (8, 3, 0.02)
     assert (start.first_round, start.model and start.model.resolve()) == (2, runs / "first" / "final.pt")
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_its_own_settings(runs):
 
 
 @pytest.mark.parametrize("path", ["first/", "runs/first", "runs/first/", "./runs/first/", "runs/latest/"])
-def test_a_run_goes_on_by_its_path_as_a_shell_completes_it(runs, monkeypatch, path):
+def test_a_run_is_resumed_by_its_path_as_a_shell_completes_it(runs, monkeypatch, path):
     (runs / "latest").symlink_to("first")
     monkeypatch.chdir(runs.parent)
     options, start = command_line.parse(["--resume", path])
@@ -163,7 +163,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_run_whose_files_are_broken_does_not_go_on(runs, fault):
+def test_a_run_with_broken_files_is_not_resumed(runs, fault):
     from federation.launch.distribution import Distribution
 
     distribution = Distribution(["cat", "dog"], {}, {})
@@ -178,7 +178,7 @@ def test_a_run_whose_files_are_broken_does_not_go_on(runs, fault):
     assert "\n" not in str(refusal.value)
 
 
-def test_the_newest_run_goes_on_under_its_own_name(runs):
+def test_the_newest_run_is_resumed_under_its_own_name(runs):
     (runs / "latest").symlink_to("first")
     assert parsed("--resume", "latest").resume == "first"
 
@@ -200,17 +200,17 @@ for algorithm in recipes.ALGORITHMS:
 """
 
 
-def test_the_server_is_told_where_to_begin_and_what_to_do_at_the_end(project):
+def test_the_servers_configuration_has_the_first_round_and_the_final_evaluation(project):
     run = project.run("-c", EXPORT)
     assert run.returncode == 0, run.stderr
     for algorithm in recipes.ALGORITHMS:
         config = project.folder / algorithm / "job" / "app" / "config" / "config_fed_server.json"
-        told = json.loads(config.read_text())
-        training, evaluation = told["workflows"]
+        server = json.loads(config.read_text())
+        training, evaluation = server["workflows"]
         assert (training["args"]["start_round"], training["args"]["num_rounds"]) == (2, 3)
         assert evaluation["path"] == "federation.server.evaluation.FinalEvaluation"
-        components = {component["id"]: component for component in told["components"]}
-        assert "model_selector" not in components  # it would keep a best model of its own
+        components = {component["id"]: component for component in server["components"]}
+        assert "model_selector" not in components  # it would keep its own best model
         model = components["model"] if algorithm == "fedopt" else components["persistor"]["args"]["model"]
         assert (model["path"], model["args"]) == ("trainer.make_model", {})
         sent = json.loads((config.parent.parent / "custom" / "options.json").read_text())
@@ -221,11 +221,11 @@ class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(4, 3)
-        self.norm = torch.nn.BatchNorm1d(3)  # has buffers, one of them of integers
+        self.norm = torch.nn.BatchNorm1d(3)  # has buffers, one of them integers
 
 
-def server_step(mended: bool) -> tuple[dict, dict, dict]:
-    """One step of FedOpt's server: what the sites were given, their mean change, and what became of it."""
+def server_step(fixed: bool) -> tuple[dict, dict, dict]:
+    """One step of FedOpt's server: the weights that the sites got, their mean change, and the new weights."""
     torch.manual_seed(0)
     server_model, checkpoint = Model(), Model()
     given = {name: value.numpy().copy() for name, value in checkpoint.state_dict().items()}
@@ -239,7 +239,7 @@ def server_step(mended: bool) -> tuple[dict, dict, dict]:
     context.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(given, {}), private=True, sticky=True)
     generator = PTFedOptModelShareableGenerator({"path": "torch.optim.SGD", "args": {"lr": 1.0}}, device="cpu")
     generator.handle_event(EventType.START_RUN, context)
-    if mended:
+    if fixed:
         StartFromCheckpoint().handle_event(AppEventType.INITIAL_MODEL_LOADED, context)
     change = {name: np.full_like(value, 1 if value.dtype == np.int64 else 0.001) for name, value in given.items()}
     after = generator.shareable_to_learnable(DXO(DataKind.WEIGHT_DIFF, data=change).to_shareable(), context)
@@ -247,24 +247,24 @@ def server_step(mended: bool) -> tuple[dict, dict, dict]:
 
 
 def distance(a: dict, b: dict) -> float:
-    """The Euclidean distance of two models, over what is learned."""
+    """The Euclidean distance between two models' trainable weights."""
     learned = [name for name in a if not name.startswith("norm.")]
     return float(np.sqrt(sum(((np.asarray(a[name]) - np.asarray(b[name])) ** 2).sum() for name in learned)))
 
 
-def test_fedopt_steps_from_the_weights_that_the_sites_were_given():
-    given, change, after = server_step(mended=True)
+def test_fedopt_starts_from_the_weights_that_the_sites_got():
+    given, change, after = server_step(fixed=True)
     for name in given:
         np.testing.assert_allclose(after[name], given[name] + change[name], atol=1e-6)
 
 
-def test_fedopt_alone_steps_from_other_weights():
-    given, change, after = server_step(mended=False)
+def test_fedopt_without_the_workaround_starts_from_other_weights():
+    given, change, after = server_step(fixed=False)
     step = distance(change, dict.fromkeys(change, 0))
-    assert distance(given, after) > 100 * step  # once NVFlare mends it, StartFromCheckpoint can go
+    assert distance(given, after) > 100 * step  # once NVFlare fixes this, remove StartFromCheckpoint
 
 
-def test_scaffold_adds_up_in_the_order_of_names(monkeypatch):
+def test_scaffold_sums_in_the_order_of_site_names(monkeypatch):
     random = np.random.RandomState(0)
     results = [
         FLModel(
@@ -291,12 +291,12 @@ def test_scaffold_adds_up_in_the_order_of_names(monkeypatch):
         control = mean.meta[AlgorithmConstants.SCAFFOLD_CTRL_DIFF]["w"]
         bits.add((mean.params["w"].tobytes(), control.tobytes(), mean.metrics["val_acc"]))
     assert len(bits) == 1
-    by_hand = np.average([r.params["w"] for r in results], axis=0, weights=[10 * i + 3 for i in range(1, 6)])
-    np.testing.assert_allclose(mean.params["w"], by_hand, rtol=1e-4, atol=1e-6)
+    expected = np.average([r.params["w"] for r in results], axis=0, weights=[10 * i + 3 for i in range(1, 6)])
+    np.testing.assert_allclose(mean.params["w"], expected, rtol=1e-4, atol=1e-6)
 
 
 class Federations:
-    """Whole federations on digits at unlike sites. One that was asked for before is not run again."""
+    """Whole federations on digits at non-IID sites. Results are cached."""
 
     USUAL = (
         *("--dataset", "digits", "--n_clients", "2", "--num_rounds", "2"),
@@ -355,7 +355,7 @@ def test_every_algorithm_trains_a_model_that_is_tested_and_loads(federations, al
     assert result["sha256"] not in others
     first = federations.weights(result, "bundle/initial.pt")
     moved = distance({n: w.numpy() for n, w in first.items()}, federations.weights(result, "final.pt"))
-    assert 0.01 < moved < 5  # from the weights that the sites were given; other random weights are 10 away
+    assert 0.01 < moved < 5  # from the initial weights; other random weights are 10 away
 
 
 @pytest.mark.slow
@@ -378,10 +378,10 @@ def test_fewer_processes_than_sites_give_the_same_bits(federations):
 
 
 @pytest.mark.slow
-def test_scaffold_keeps_the_control_variate_of_a_site_whose_process_has_ended(federations):
+def test_scaffold_keeps_a_sites_control_variate_after_its_process_has_ended(federations):
     at_once = federations.run("--algorithm", "scaffold")
-    in_turns = federations.run("--algorithm", "scaffold", "--n_threads", "1")
-    assert in_turns["sha256"] == at_once["sha256"]
+    one_by_one = federations.run("--algorithm", "scaffold", "--n_threads", "1")
+    assert one_by_one["sha256"] == at_once["sha256"]
 
 
 @pytest.mark.slow
@@ -390,7 +390,7 @@ def test_another_seed_gives_another_model(federations):
 
 
 @pytest.mark.slow
-def test_two_rounds_and_two_more_are_four_rounds(federations):
+def test_two_rounds_and_two_resumed_rounds_equal_four_rounds(federations):
     at_once = federations.run("--num_rounds", "4")
     first = federations.run("--algorithm", "fedavg")
     then = federations.run("--resume", first["name"])
@@ -402,12 +402,12 @@ def test_two_rounds_and_two_more_are_four_rounds(federations):
 
 
 @pytest.mark.slow
-def test_patience_ends_a_run_that_gains_nothing(federations):
+def test_patience_stops_a_run_that_does_not_improve(federations):
     flags = ("--num_rounds", "9", "--learning_rate", "1e-9", "--patience", "2")
     result = federations.run(*flags)
     assert result["stopped_early"] and result["patience"] == 2
     assert "stopped early: no better validation accuracy with --patience 2" in result["screen"]
-    assert result["rounds"][-1]["round"] == 3  # the first round's is the best; two more do not better it
+    assert result["rounds"][-1]["round"] == 3  # the first round's model is the best; the next two do not improve on it
     assert result["best"]["round"] == max(result["rounds"][1:], key=lambda r: (r["accuracy"], r["round"]))["round"]
     from federation.run.outcome import fingerprint
 
@@ -415,18 +415,18 @@ def test_patience_ends_a_run_that_gains_nothing(federations):
 
 
 @pytest.mark.slow
-def test_the_global_model_is_the_mean_of_the_sites_own_by_their_images(federations, options):
+def test_the_global_model_is_the_mean_of_the_sites_models_weighted_by_images(federations, options):
     import pytorch_lightning as pl
 
     from data import SiteDataModule
     from federation.launch.distribution import describe
 
-    torch.set_num_threads(1)  # as the sites have it
+    torch.set_num_threads(1)  # like the sites
     result = federations.run("--n_clients", "3", "--num_rounds", "1")
     made = options(partition="dirichlet", alpha=1.0, n_clients=3)
-    holdings = describe(made)
+    distribution = describe(made)
     models, images = [], []
-    for site in holdings.sites:
+    for site in distribution.sites:
         data = SiteDataModule(site, made)
         model = make_model(made)
         model.load_state_dict(federations.weights(result, "bundle/initial.pt"))
@@ -434,8 +434,8 @@ def test_the_global_model_is_the_mean_of_the_sites_own_by_their_images(federatio
         trainer = pl.Trainer(max_epochs=1, accelerator="cpu", limit_val_batches=0, enable_model_summary=False, **quiet)
         trainer.fit(model, datamodule=data)
         models.append(model.state_dict())
-        images.append(len(holdings.sites[site]["train"]))
+        images.append(len(distribution.sites[site]["train"]))
     assert len(set(images)) == 3
     for name, weight in federations.weights(result, "final.pt").items():
-        by_hand = np.average([model[name].double().numpy() for model in models], axis=0, weights=images)
-        np.testing.assert_allclose(weight, by_hand, atol=1e-5)
+        expected = np.average([model[name].double().numpy() for model in models], axis=0, weights=images)
+        np.testing.assert_allclose(weight, expected, atol=1e-5)

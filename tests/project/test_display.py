@@ -1,8 +1,9 @@
-"""What the screen shows of a run: by what the sites announce, on a terminal and elsewhere."""
+"""How a run is displayed, on a terminal and elsewhere, based on the progress that sites announce."""
 
 import io
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def site(run):
-    """Let a site announce phases, by their names, and speeds: (step, steps, speed)."""
+    """Make a site announce phases, by name, and speeds: (step, steps, speed)."""
 
     def announce(name, *announcements):
         file = run.progress(name)
@@ -85,7 +86,7 @@ def test_each_phase_of_a_round_is_shown(overview, site):
         assert any(row.split(maxsplit=1) == ["site-1", words] for row in screen(shown)), announced
 
 
-def test_what_is_announced_is_read_in_whole_lines(overview, run, site):
+def test_progress_is_read_in_whole_lines(overview, run, site):
     shown = overview(1)
     site("site-1")
     with run.progress("site-1").open("a") as file:
@@ -126,23 +127,27 @@ class Model(LightningModule):
 
 
 def work_with(callback):
-    """What client.py does with a trainer, but that `fit` validates, too."""
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    quiet: dict = dict.fromkeys(off, False)
+    """What client.py does with a trainer, except that `fit` also validates."""
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     trainer, model = Trainer(accelerator="cpu", max_epochs=2, callbacks=[callback], **quiet), Model()
     for act in (trainer.validate, trainer.fit, trainer.test, trainer.predict):
         act(model)
 
 
 class TestASite:
-    def test_announces_what_its_trainer_does_and_how_fast_it_trains(self, tmp_path, monkeypatch):
+    def test_announces_its_phases_and_training_speed(self, tmp_path, monkeypatch):
         monkeypatch.setattr(progress, "FIRST_SPEED_S", 0.0)
         work_with(progress.Progress("none", tmp_path / "progress.jsonl"))
         records = read_json_lines(tmp_path / "progress.jsonl")
         phases = [record["phase"] for record in records if "phase" in record]
         assert phases == ["validating", "training", "testing", "predicting"]
         speeds = [record for record in records if "step" in record]
-        assert [(record["step"], record["steps"]) for record in speeds] == [(1, 8), (8, 8)]  # one in 2 s, and the last
+        assert [(record["step"], record["steps"]) for record in speeds] == [
+            (1, 8),
+            (8, 8),
+        ]  # at most one per 2 s, plus the last
         assert all(record["speed"] > 0 for record in speeds)
         times = [record["time"] for record in records]
         assert times == sorted(times)
@@ -159,7 +164,7 @@ class TestASite:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_new_round_begins_without_the_speed_of_the_last(overview, site):
+def test_a_new_round_starts_without_the_speed_of_the_last_one(overview, site):
     shown = overview(1)
     site("site-1", "training", (96, 96, 12.5), "validating")
     shown.update([], 0.0)
@@ -169,7 +174,7 @@ def test_a_new_round_begins_without_the_speed_of_the_last(overview, site):
     assert any(line.split() == ["site-1", "training"] for line in screen(shown))
 
 
-def test_a_round_gives_a_line_and_the_newest_accuracies(overview, site):
+def test_a_finished_round_prints_a_line_and_updates_the_accuracies(overview, site):
     shown = overview()
     site("site-1", "validating")
     assert shown.update([], 100.0) == []
@@ -184,15 +189,15 @@ def test_a_round_gives_a_line_and_the_newest_accuracies(overview, site):
     ]
 
 
-def test_rounds_that_end_between_two_looks_have_a_line_each(overview):
+def test_rounds_that_end_between_two_updates_get_a_line_each(overview):
     shown = overview()
     records = [record(number, 0.5) for number in range(3)]
     assert [line.split(" done")[0] for line in shown.update(records, 1.0)] == [f"round {n} of 3" for n in (1, 2, 3)]
     assert "final evaluation" in "\n".join(screen(shown))
 
 
-def test_an_accuracy_names_the_model_that_it_is_of(overview):
-    """The sites validate a global model when the next round begins, so that the newest one is not known yet."""
+def test_an_accuracy_says_which_model_it_belongs_to(overview):
+    """Sites validate a global model when the next round begins, so the newest accuracy is not known yet."""
     shown = overview()
     assert "accuracy 0.100 untrained" in shown.update([record(0, 0.1)], 1.0)[0]
     assert "accuracy 0.100 untrained" in "\n".join(screen(shown))
@@ -200,23 +205,23 @@ def test_an_accuracy_names_the_model_that_it_is_of(overview):
     assert "accuracy 0.600 after round 1" in "\n".join(screen(shown))
 
 
-def test_a_rejected_answer_is_told_below_its_round(overview):
+def test_a_rejected_answer_is_printed_below_its_round(overview):
     reason = "tensor model.fc1.weight is not finite"
     rejected = [{"round": 0, "site": "site-2", "task": "train", "reason": reason}]
     lines = overview().update([record(0, 0.25, rejected, site_1=0.25)], 1.0)
     assert lines[1:] == [f"site-2: answer rejected: {reason}"]
 
 
-def test_the_first_rounds_time_comes_from_its_steps(overview, site):
+def test_the_time_left_in_the_first_round_comes_from_its_steps(overview, site):
     shown = overview(2, num_rounds=2)
     site("site-1", "training", (50, 100, 5.0))
     site("site-2", "training", (25, 100, 2.5))
     shown.update([], 0.0)
     shown.update([], 10.0)
-    assert shown.time_left(10.0) == "1 min 10 s left"  # a quarter in 10 s: 40 s a round
+    assert shown.time_left(10.0) == "1 min 10 s left"  # a quarter in 10 s: 40 s per round
 
 
-def test_metrics_of_other_names_are_no_fault(overview):
+def test_metrics_with_other_names_are_not_an_error(overview):
     shown = overview()
     other = {"round": 0, "metrics": {}, "sites": {}}
     assert "accuracy - untrained" in shown.update([other], 0.0)[0]
@@ -236,7 +241,7 @@ def test_it_fits_the_screen(overview, site, n_sites, width):
     assert max(map(len, lines)) <= width
 
 
-def test_many_sites_are_counted_by_what_they_do(overview, site):
+def test_many_sites_are_counted_by_phase(overview, site):
     shown = overview(16)
     for i in range(5):
         site(f"site-{i + 1}", "training")
@@ -283,18 +288,18 @@ def test_a_terminal_is_left_as_it_was(run, site, ending):
     _, sent = on_a_terminal([sys.executable, "-c", PROGRAM, str(run.path), ending], PROJECT)
     assert b"training, step 24 of 96, 12.5 steps/s" in sent
     assert b"round 1 of 2 done" in sent
-    assert re.search(rb"\x1b\[2Ksite-2 is lost *\r\n", sent)  # above the live view, which would else erase it
+    assert re.search(rb"\x1b\[2Ksite-2 is lost *\r\n", sent)  # above the live view, which would otherwise erase it
     assert sent.count(HIDE) == sent.count(SHOW) == 1
     after = sent[sent.rindex(SHOW) :]
     if ending == "none":
         assert b"the end" in after
     else:
-        assert b"\x1b[2K" not in after  # the last picture stays: where each site was
+        assert b"\x1b[2K" not in after  # the last live view stays: where each site was
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.2, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (200, "3 min 20 s"), (2700, "45 min"), (7500, "2 h 5 min")],
 )
-def test_a_duration_is_written_as_it_is_said(seconds, text):
+def test_a_duration_is_readable(seconds, text):
     assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""job.py's command line: what it refuses, how fast it answers, what it says."""
+"""job.py's command line: what it rejects, how fast it responds, what it prints."""
 
 import errno
 import json
@@ -36,20 +36,20 @@ BAD_FLAGS = {
     "an unknown tracker": (["--tracking", "paper"], "Invalid value for '--tracking': 'paper' is not one of"),
     "an unknown model": (["--model", "Net"], "--model is 'Net': model.py has LitNet, LitResNet"),
     "an unknown flag": (["--rounds", "2"], "No such option"),
-    "a flag with a slip": (["--learning_rat", "1"], "--learning_rate"),  # the nearest one is suggested
-    "words for a number": (["--n_clients", "two"], "Invalid value for '--n_clients': 'two' is not a valid integer"),
+    "a misspelled flag": (["--learning_rat", "1"], "--learning_rate"),  # the closest flag is suggested
+    "a word for a number": (["--n_clients", "two"], "Invalid value for '--n_clients': 'two' is not a valid integer"),
     "a path for a name": (["--name", "../x"], "--name is '../x': use only letters, digits"),
-    "a name that is no file's": (["--name", "a" * 101], "--name has 101 characters: it must have 100 or fewer"),
-    "the name of the link": (
+    "a name that is too long": (["--name", "a" * 101], "--name has 101 characters: it must have 100 or fewer"),
+    "a reserved name": (
         ["--name", "latest"],
         "--name latest is reserved for the link to the newest run: choose another name",
     ),
     "a replaced run without a name": (["--overwrite"], "--overwrite replaces a run: name it with --name"),
-    "a plan that ends before the run": (
+    "a schedule that ends before the run": (
         ["--num_rounds", "5", "--total_rounds", "4"],
         "--total_rounds is 4: it must be 5 or more, because this run ends there",
     ),
-    "images dealt that each site has": (
+    "a partition of images that each site has": (
         ["--data_root", "/nowhere/{site}", "--partition", "iid"],
         "--partition iid splits one data set, but with {site}, each site has its own",
     ),
@@ -57,7 +57,7 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("fault", BAD_FLAGS)
-def test_a_wrong_flag_is_refused_in_one_line(project, fault):
+def test_an_invalid_flag_is_rejected_in_one_line(project, fault):
     flags, message = BAD_FLAGS[fault]
     run = project.run("job.py", *flags)
     assert run.returncode == 2
@@ -68,7 +68,7 @@ def test_a_wrong_flag_is_refused_in_one_line(project, fault):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"admin": 7}', '{"admin": {"name": "x"}}'])
-def test_a_startup_kit_that_names_no_submitter_is_refused(project, tmp_path, text):
+def test_a_startup_kit_without_a_submitter_is_rejected(project, tmp_path, text):
     (tmp_path / "kit" / "startup").mkdir(parents=True)
     (tmp_path / "kit" / "startup" / "fed_admin.json").write_text(text, encoding="utf-8")
     run = project.run("job.py", "--env", "prod", "--dataset", "digits", "--startup_kit", str(tmp_path / "kit"))
@@ -77,7 +77,7 @@ def test_a_startup_kit_that_names_no_submitter_is_refused(project, tmp_path, tex
     assert not (project.folder / "runs").exists()
 
 
-def test_a_name_that_exists_is_refused(project):
+def test_an_existing_name_is_rejected(project):
     (project.folder / "runs" / "first").mkdir(parents=True)
     run = project.run("job.py", "--name", "first")
     assert (run.returncode, run.stderr) == (
@@ -86,7 +86,7 @@ def test_a_name_that_exists_is_refused(project):
     )
 
 
-def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
+def test_overwriting_a_run_removes_all_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "RUNS", tmp_path / "runs")
     (RunFolder.create("first").path / "old.txt").touch()
     with pytest.raises(UserError, match="--overwrite"):
@@ -96,7 +96,7 @@ def test_a_run_that_is_replaced_leaves_nothing_of_the_old_one(tmp_path, monkeypa
 
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
-    """federate() without a federation: what it would have given is there at once."""
+    """federate() without a federation: it returns a recorded result at once."""
     collected: dict = {
         "rounds": [
             {
@@ -127,7 +127,7 @@ def recorded(monkeypatch, tmp_path):
 
 
 def test_results_are_written_before_anything_is_shown(recorded, monkeypatch):
-    """Whatever a name or a figure does to the screen, the result is there, and the run is the newest."""
+    """Even if the output fails, the result is saved, and the run is the newest."""
     program, arguments = recorded
 
     def fail(result):
@@ -141,7 +141,7 @@ def test_results_are_written_before_anything_is_shown(recorded, monkeypatch):
     assert (run.path.parent / "latest").resolve() == run.path.resolve()
 
 
-def test_a_full_disk_at_the_end_is_told_in_one_line(recorded, monkeypatch):
+def test_a_full_disk_at_the_end_is_reported_in_one_line(recorded, monkeypatch):
     program, arguments = recorded
 
     def full(source, target):
@@ -158,7 +158,7 @@ def test_a_full_disk_at_the_end_is_told_in_one_line(recorded, monkeypatch):
     assert not (run.path.parent / "latest").exists()
 
 
-def test_a_run_that_could_not_begin_leaves_no_folder(recorded, monkeypatch):
+def test_a_run_that_could_not_start_leaves_no_folder(recorded, monkeypatch):
     program, arguments = recorded
 
     def broken(*_):
@@ -173,7 +173,7 @@ def test_a_run_that_could_not_begin_leaves_no_folder(recorded, monkeypatch):
 
 DATA_FAULTS = {
     "more clients than images": (["--dataset", "digits", "--n_clients", "1000"], "1437 training images are too few"),
-    "a Dirichlet draw that cannot be": (
+    "an impossible Dirichlet draw": (
         ["--dataset", "digits", "--n_clients", "144", "--partition", "dirichlet"],
         "no Dirichlet draw with alpha 0.5 gives each of 144 sites 10 of the 1437 training images",
     ),
@@ -184,7 +184,7 @@ DATA_FAULTS = {
 
 @pytest.fixture
 def job(monkeypatch, tmp_path, capsys):
-    """Run job.py in this process, which has imported what takes seconds: (exit code, standard error)."""
+    """Run job.py in this process, which has done the slow imports: (exit code, standard error)."""
     monkeypatch.setattr("federation.run.folder.RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -200,7 +200,7 @@ def job(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fault", DATA_FAULTS)
-def test_data_that_cannot_be_used_is_refused_in_one_line(job, fault):
+def test_unusable_data_is_rejected_in_one_line(job, fault):
     flags, message = DATA_FAULTS[fault]
     code, error = job(*flags)
     assert code == 2
@@ -208,7 +208,7 @@ def test_data_that_cannot_be_used_is_refused_in_one_line(job, fault):
     assert message in error
 
 
-def test_data_that_cannot_be_fetched_says_what_to_do(job, monkeypatch):
+def test_a_failed_download_says_what_to_do(job, monkeypatch):
     for name in ("FL_DATA_MIRROR", "https_proxy", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     code, error = job("--dataset", "cifar10")
@@ -220,7 +220,7 @@ def test_data_that_cannot_be_fetched_says_what_to_do(job, monkeypatch):
     assert "put cifar-10-python.tar.gz (MD5 c58f30108f718f92721af3b95e74349a) into " in last
 
 
-def test_the_flags_offer_what_the_code_behind_them_knows():
+def test_the_choices_of_dataset_are_those_of_the_catalog():
     assert set(settings.DATASETS) == {*catalog.SOURCES, "image_folder"}
 
 
@@ -234,8 +234,8 @@ def test_help_lists_every_flag_with_its_default(project):
     assert groups[:6] == ["Data:", "Training:", "Algorithm:", "Simulation:", "Real sites:", "Output:"]
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--n_clients", "0"]], ids=["help", "a wrong flag"])
-def test_nothing_heavy_is_imported_to_answer(project, flags):
+@pytest.mark.parametrize("flags", [["--help"], ["--n_clients", "0"]], ids=["help", "an invalid flag"])
+def test_help_and_errors_need_no_heavy_imports(project, flags):
     heavy = "{'torch', 'numpy', 'nvflare', 'pytorch_lightning', 'rich', 'sklearn'}"
     program = (
         "import contextlib, sys\n"
@@ -260,7 +260,7 @@ def test_without_nvflare_it_names_the_interpreter_to_use(project):
 
 
 @pytest.mark.parametrize("name", ["my project", "Ann's", 'so "called"', "back\\slash", "#1"])
-def test_a_path_in_which_nvflare_cannot_run_is_refused(project, name):
+def test_a_path_that_nvflare_does_not_support_is_rejected(project, name):
     project.folder = project.folder.rename(project.folder.with_name(name))
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
@@ -271,11 +271,11 @@ def test_a_path_in_which_nvflare_cannot_run_is_refused(project, name):
 @pytest.mark.parametrize("name", ["a%&;(){}$b", "a:,[]*?`b", "a!~=+@^|<>b", "aé猫b"])
 def test_a_path_with_other_characters_is_accepted(monkeypatch, name):
     monkeypatch.setattr(command_line, "PROJECT", command_line.PROJECT.with_name(name))
-    monkeypatch.setattr(command_line, "model_names", lambda file: ["LitNet"])  # nothing is there
+    monkeypatch.setattr(command_line, "model_names", lambda file: ["LitNet"])  # the folder does not exist
     command_line.parse([])
 
 
-def test_prepare_data_gets_the_data_ready_and_stops(project):
+def test_prepare_data_prepares_the_data_and_stops(project):
     run = project.run(
         "-c",
         "import subprocess; subprocess.run(['./prepare_data.sh', '--dataset', 'digits'], check=True)",
@@ -286,7 +286,7 @@ def test_prepare_data_gets_the_data_ready_and_stops(project):
     assert os.listdir(os.environ["XDG_CACHE_HOME"])
 
 
-def test_a_model_file_that_is_not_python_is_refused(project):
+def test_a_syntax_error_in_model_py_is_rejected(project):
     project.replace("model.py", "class LitNet(LightningModule):", "class LitNet(LightningModule:")
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
@@ -316,7 +316,7 @@ def files_in(folder) -> dict:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_an_export_is_what_a_submission_sends_and_leaves_no_run_behind(project, tmp_path):
+def test_an_export_equals_a_submitted_job_and_leaves_no_run(project, tmp_path):
     (tmp_path / "kit" / "startup").mkdir(parents=True)
     (tmp_path / "kit" / "startup" / "fed_admin.json").write_text('{"admin": {"username": "ann@example.com"}}')
     flags = ["--env", "prod", "--dataset", "digits", "--tracking", "tensorboard", "--sites", "north,south"]
@@ -331,7 +331,7 @@ def test_an_export_is_what_a_submission_sends_and_leaves_no_run_behind(project, 
     assert b"TBAnalyticsReceiver" in exported["app/config/config_fed_server.json"]
 
 
-def test_an_export_that_cannot_be_written_is_refused(project, tmp_path, permissions_bind):
+def test_an_export_that_cannot_be_written_is_rejected(project, tmp_path, permissions_bind):
     (tmp_path / "closed").mkdir(mode=0o500)
     flags = ["--env", "prod", "--dataset", "digits", "--export", str(tmp_path / "closed" / "job")]
     run = project.run("job.py", *flags)
@@ -347,7 +347,7 @@ from elsewhere import Mine, Other
 
 class Table(OrderedDict): pass
 class Layer(nn.Module): pass
-class Told(pl.Callback): pass
+class Reporter(pl.Callback): pass
 class First(Base): pass
 class Second(pl.LightningModule): pass
 class Third(Mine): pass
@@ -365,21 +365,21 @@ class Other: pass
 
 @pytest.fixture
 def with_others(project):
-    """A project whose model.py has classes of many kinds besides its own."""
+    """A project whose model.py has additional classes of many kinds."""
     (project.folder / "elsewhere.py").write_text(ELSEWHERE, encoding="utf-8")
     with (project.folder / "model.py").open("a", encoding="utf-8") as file:
         file.write(OTHERS)
     return project
 
 
-def test_a_model_may_derive_from_a_lightning_module_of_elsewhere(with_others):
+def test_a_model_may_derive_from_an_imported_lightning_module(with_others):
     known = ["LitNet", "LitResNet", "First", "Second", "Third", "Fourth", "Fifth", "NoModel"]
     assert model_names(with_others.folder / "model.py") == known
     run = with_others.run("job.py", "--dataset", "digits", "--prepare_only", "--model", "Fifth")
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_a_class_that_turns_out_to_be_no_model_is_refused(with_others):
+def test_a_class_that_is_not_a_lightning_module_is_rejected(with_others):
     run = with_others.run("job.py", "--dataset", "digits", "--model", "NoModel")
     assert (run.returncode, run.stdout) == (2, "")
     said = "--model is 'NoModel': that class in model.py does not derive from LightningModule"
@@ -387,7 +387,7 @@ def test_a_class_that_turns_out_to_be_no_model_is_refused(with_others):
     assert not (with_others.folder / "runs").exists()
 
 
-def test_a_model_file_that_cannot_be_imported_is_refused(with_others):
+def test_a_model_py_that_cannot_be_imported_is_rejected(with_others):
     (with_others.folder / "elsewhere.py").unlink()
     run = with_others.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
@@ -396,7 +396,7 @@ def test_a_model_file_that_cannot_be_imported_is_refused(with_others):
     assert not (with_others.folder / "runs").exists()
 
 
-def test_without_a_run_results_says_what_to_do(project):
+def test_results_py_without_a_run_says_what_to_do(project):
     run = project.run("results.py")
     assert run.returncode == 2
     assert run.stderr.endswith("does not exist: finish a run with python job.py\n")

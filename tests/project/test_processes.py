@@ -1,4 +1,4 @@
-"""Nothing is left running, whatever ends job.py, and no key of a POC is left on the disk."""
+"""However job.py ends, no process is left running and no key of a POC is left on disk."""
 
 import os
 import pty
@@ -18,7 +18,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
 LONG = ["--dataset", "digits", "--num_rounds", "50"]
 
 
-# Stands in for job.py: forks a child that has a child in another session, tells who they are, and waits.
+# Stands in for job.py: forks a child that has a child in another session, prints their IDs, and waits.
 PARENT = """
 import os, pathlib, subprocess, sys
 from federation.launch.watchdog import guard
@@ -35,14 +35,15 @@ with guard(RunFolder(pathlib.Path(sys.argv[1]))) as started:
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_children_and_keys_go_with_their_parent_and_nothing_else_does(tmp_path, killed):
+def test_only_children_and_keys_are_removed_with_their_parent(tmp_path, killed):
     kits = provision(tmp_path / "federation", ["site-1"])
     log = kits / "site-1" / "log.txt"
     log.write_text("what happened")
     bystander = subprocess.Popen(["tail", "-f", log], stdout=subprocess.DEVNULL)
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     parent = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()] if parent.stdout else []
+    assert parent.stdout
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
     watchdog = next(child for child in psutil.Process(parent.pid).children() if "watchdog.py" in child.cmdline()[1])
     if killed:
         parent.kill()
@@ -57,7 +58,7 @@ def test_children_and_keys_go_with_their_parent_and_nothing_else_does(tmp_path, 
     bystander.wait()
 
 
-def test_a_poc_is_private_whatever_the_umask(tmp_path):
+def test_a_poc_is_private_regardless_of_the_umask(tmp_path):
     before = os.umask(0)
     try:
         provision(tmp_path / "federation", ["site-1"])
@@ -73,7 +74,7 @@ def keys_in(folder: Path) -> list[Path]:
 
 
 def start_training(project: Project, *flags: str) -> tuple[subprocess.Popen, list[psutil.Process]]:
-    """Start a long federation and return it once a site trains, together with all its processes."""
+    """Start a long federation; once a site is training, return it and all its processes."""
     process = project.start("job.py", *LONG, *flags)
     await_training(project, process)
     return process, psutil.Process(process.pid).children(recursive=True)
@@ -113,7 +114,7 @@ def test_a_signal_leaves_no_process_and_no_key(project, env, number):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only root sees the sockets of all processes")
-def test_a_poc_listens_to_this_machine_alone(project):
+def test_a_poc_listens_on_this_machine_only(project):
     process, process_tree = start_training(project, "--env", "poc")
     sockets = [
         socket for socket in psutil.net_connections("tcp") if socket.pid in [child.pid for child in process_tree]
@@ -121,7 +122,7 @@ def test_a_poc_listens_to_this_machine_alone(project):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     listening = {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets if socket.status == psutil.CONN_LISTEN}
-    assert listening == {"127.0.0.1"}  # gRPC listens at ::ffff:127.0.0.1, which is the same
+    assert listening == {"127.0.0.1"}  # gRPC listens on ::ffff:127.0.0.1, which is the same
 
 
 @pytest.mark.slow
@@ -137,7 +138,7 @@ def test_nohup_lets_a_run_outlive_its_terminal(project):
 @pytest.mark.slow
 def test_closing_the_terminal_leaves_no_process(project):
     terminal, programs_side = pty.openpty()
-    # The leader of a session makes this its terminal: only then does the kernel tell it that it is gone.
+    # Make this the terminal of a session leader: only then does the kernel send it SIGHUP on closing.
     lead = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
     program = subprocess.Popen(
         [sys.executable, "-c", lead, sys.executable, "job.py", *LONG],
@@ -196,7 +197,7 @@ def interrupt():
     if not sent:
         sent.append(True)
         os.kill(os.getpid(), signal.SIGINT)
-os.register_at_fork(after_in_parent=interrupt)  # Python only prints what is raised there
+os.register_at_fork(after_in_parent=interrupt)  # Python only prints exceptions raised there
 import job
 from federation.errors import exit_code
 sys.exit(exit_code("job.py", job.main))
@@ -205,7 +206,7 @@ sys.exit(exit_code("job.py", job.main))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
-def test_ctrl_c_is_heard_in_the_middle_of_a_fork(project):
+def test_ctrl_c_works_during_a_fork(project):
     run = project.run("-c", INTERRUPTED_FORK, "--dataset", "digits")
     assert run.returncode == 130
     assert run.stderr.endswith("job.py: stopped; no process is left\n")

@@ -470,6 +470,8 @@ def test_a_browser_shows_it(digits, tmp_path):
 
     assert CHROMIUM
 
+    assert CHROMIUM
+
     add_answers(digits, ("site-1", answer()))
     page, picture = report.write(digits), tmp_path / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]

@@ -1,4 +1,4 @@
-"""POC and real sites, as far as one machine shows them: refused flags, an export, the health check, a whole POC."""
+"""POC and real sites, as far as one machine can test them: flags, an export, the health check, a whole POC."""
 
 import contextlib
 import json
@@ -34,15 +34,15 @@ PROD = ["--env", "prod", "--dataset", "digits"]
 BAD_FLAGS = {
     "a kit without sites": (["--startup_kit", "."], "--startup_kit is for real sites: add --env prod"),
     "no kit": (PROD, "--startup_kit DIR is missing"),
-    "a kit that is none": ([*PROD, "--startup_kit", "."], "startup/fed_admin.json does not exist"),
-    "images dealt to real sites": ([*PROD, "--partition", "iid"], "real sites have their own: use none"),
-    "the sites' images here": ([*PROD, "--data_root", "."], "each site sets its own FL_DATA_ROOT"),
+    "a folder that is not a kit": ([*PROD, "--startup_kit", "."], "startup/fed_admin.json does not exist"),
+    "a partition for real sites": ([*PROD, "--partition", "iid"], "real sites have their own: use none"),
+    "a local folder of images": ([*PROD, "--data_root", "."], "each site sets its own FL_DATA_ROOT"),
     "a check of real sites": ([*PROD, "--check"], "remove --env prod"),
     "no classes": (["--env", "prod", "--dataset", "image_folder"], "--classes FILE is missing"),
-    "classes that are not there": ([*PROD, "--classes", "/nowhere"], "/nowhere does not exist"),
-    "an export over something": ([*PROD, "--export", "."], "exists: choose another folder"),
+    "a missing file of classes": ([*PROD, "--classes", "/nowhere"], "/nowhere does not exist"),
+    "an export to an existing folder": ([*PROD, "--export", "."], "exists: choose another folder"),
     "a site twice": ([*PROD, "--sites", "a,b,a"], "--sites names a twice"),
-    "a time limit in the simulator": (["--site_timeout", "9"], "--site_timeout has no effect in the simulator"),
+    "a timeout in the simulator": (["--site_timeout", "9"], "--site_timeout has no effect in the simulator"),
     "no time for a round": (
         [*PROD, "--site_timeout", "0"],
         "'--site_timeout': 0.0 is not in the range x>0",
@@ -52,7 +52,7 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("fault", BAD_FLAGS)
-def test_a_wrong_flag_is_refused_in_one_line(project, fault):
+def test_an_invalid_flag_is_rejected_in_one_line(project, fault):
     flags, message = BAD_FLAGS[fault]
     run = project.run("job.py", *flags)
     assert (run.returncode, run.stdout) == (2, "")
@@ -62,7 +62,7 @@ def test_a_wrong_flag_is_refused_in_one_line(project, fault):
 
 
 def test_an_export_is_the_whole_job_without_an_image(project, tmp_path):
-    """It goes to the sites of deploy/project.yml, and continues as long as more than half of them are there."""
+    """It is for the sites of deploy/project.yml and continues while more than half of them are connected."""
     (tmp_path / "classes.txt").write_text("cat\n\ndog \n")
     flags = ["--dataset", "image_folder", "--classes", str(tmp_path / "classes.txt"), "--export", str(tmp_path / "job")]
     run = project.run("job.py", "--env", "prod", *flags)
@@ -77,9 +77,9 @@ def test_an_export_is_the_whole_job_without_an_image(project, tmp_path):
 
 
 class FakeSession:
-    """Stands in for NVFlare's session: the server's log grows with each look at the job, and is sent as NVFlare does.
+    """Stands in for NVFlare's session: the server's log grows with each poll of the job.
 
-    That is with NVFlare's own check of the command and with the real `tail`.
+    The log is sent as NVFlare does, with NVFlare's own check of the command and the real `tail`.
     """
 
     LIMIT = JobCommandModule.MAX_RETURNED_JOB_LOG_BYTES
@@ -101,7 +101,7 @@ class FakeSession:
     def get_job_meta(self, job_id):
         if not self.left:
             return {"status": "FINISHED:COMPLETED"}
-        if self.left != self.growth or self.log.parent.exists():  # at the first look the job has no folder yet
+        if self.left != self.growth or self.log.parent.exists():  # at the first poll, the job has no folder yet
             with self.log.open("ab") as log:
                 log.write(self.left.pop(0))
         self.log.parent.mkdir(exist_ok=True)
@@ -134,9 +134,9 @@ class FakeSession:
 
 
 def submit_job(monkeypatch, folder: Path, growth: list[bytes], follow) -> FakeSession:
-    """Submit a job while the server's log grows like that."""
+    """Submit a job while the server's log grows by these parts."""
     session = FakeSession(folder, growth)
-    monkeypatch.chdir(folder)  # as NVFlare's server runs in its own
+    monkeypatch.chdir(folder)  # NVFlare's server runs in its own folder
     monkeypatch.setattr(server, "new_secure_session", lambda *_, **__: session)
     monkeypatch.setattr(server, "POLL_S", 0.0)
     (folder / "job").mkdir()
@@ -148,7 +148,7 @@ def submit_job(monkeypatch, folder: Path, growth: list[bytes], follow) -> FakeSe
 
 
 def follow_a_job(monkeypatch, folder: Path, growth: list[bytes]) -> tuple[FakeSession, str, list[int]]:
-    """What was shown of a job's log, and the rounds known to be over."""
+    """The session, the job's log as shown, and the finished rounds."""
     shown: list[str] = []
     over: list[int] = []
 
@@ -159,7 +159,7 @@ def follow_a_job(monkeypatch, folder: Path, growth: list[bytes]) -> tuple[FakeSe
     return submit_job(monkeypatch, folder, growth, follow), "".join(shown), over
 
 
-def test_a_servers_log_is_followed_however_long_it_grows_and_sent_only_once(monkeypatch, tmp_path, capsys):
+def test_a_servers_log_of_any_length_is_followed_and_sent_only_once(monkeypatch, tmp_path, capsys):
     filler = b"2026-01-01 some line of the log, for example of Zo\xc3\xab\n" * 20_000  # 1 MB
     growth = [b"Round 0 started.\n", filler, b"Client south is deemed", b" disconnected!\n"]
     for number in range(1, 9):
@@ -174,10 +174,10 @@ def test_a_servers_log_is_followed_however_long_it_grows_and_sent_only_once(monk
     assert capsys.readouterr().out.count("south is lost") == 1
 
 
-def test_a_site_that_was_given_up_is_named_once_with_the_flag_that_decides(monkeypatch, tmp_path, capsys):
-    given_up = f"WARNING - {LATE.format('south', 30)}\n".encode()
+def test_a_site_that_timed_out_is_named_once_with_the_flag_that_sets_it(monkeypatch, tmp_path, capsys):
+    timed_out = f"WARNING - {LATE.format('south', 30)}\n".encode()
     flapping = b"Client south is deemed disconnected!\nClient south is reconnected\n" * 3
-    follow_a_job(monkeypatch, tmp_path, [given_up, flapping, f"INFO - {BACK.format('south')}\n".encode()])
+    follow_a_job(monkeypatch, tmp_path, [timed_out, flapping, f"INFO - {BACK.format('south')}\n".encode()])
     lines = [line for line in capsys.readouterr().out.splitlines() if "south" in line]
     assert len(lines) == 2
     assert lines[0].startswith("south has not answered within --site_timeout 30 s; continuing without it")
@@ -192,7 +192,7 @@ def test_ctrl_c_stops_the_job_on_the_server(monkeypatch, tmp_path):
 
 
 class Monitored:
-    """A heartbeat monitor with sites that answer its questions, a clock that is set, and the workflow that it tells."""
+    """A heartbeat monitor with fake sites, a fake clock, and the workflow that it reports to."""
 
     def __init__(self, monkeypatch, sites: list[str], site_timeout: float):
         self.now, self.sites = 0.0, sites
@@ -205,7 +205,7 @@ class Monitored:
         return {site: make_reply(ReturnCode.OK) for site in self.sites}
 
     def fire_event(self, event_type, fl_ctx):
-        pass  # the monitor's lines of the log are events, too
+        pass  # the monitor's log lines are events, too
 
     def handle_dead_job(self, site, fl_ctx):
         self.dead.append(site)
@@ -219,7 +219,7 @@ class Monitored:
         return context
 
     def check_at(self, now: float) -> list[str]:
-        """Who is reported to the workflow at this time."""
+        """The sites reported to the workflow at this time."""
         self.now, self.dead = now, []
         self.monitor.check(self.context())
         return self.dead
@@ -232,13 +232,13 @@ class Monitored:
 
 
 class TestTheHeartbeatMonitor:
-    def test_reports_a_site_that_takes_too_long_for_its_task_until_it_takes_another(self, monkeypatch):
+    def test_reports_a_site_whose_task_times_out_until_it_gets_another(self, monkeypatch):
         sites = Monitored(monkeypatch, ["north", "south"], site_timeout=30)
         sites.send_task("north", "n1")
         sites.send_task("south", "s1")
         sites.now = 20.0
         sites.answer("north")
-        sites.send_task("south", "s1")  # sent once more, as after a break in the network
+        sites.send_task("south", "s1")  # sent again, as after a network failure
         assert sites.check_at(29) == []
         assert sites.check_at(31) == ["south"]
         sites.send_task("south", "s1")
@@ -254,7 +254,7 @@ class TestTheHeartbeatMonitor:
         assert sites.check_at(1 + heartbeat.LOST_AFTER_S) == []
         assert sites.check_at(2 + heartbeat.LOST_AFTER_S) == ["north"]
 
-    def test_goes_on_after_an_error(self, monkeypatch):
+    def test_continues_after_an_error(self, monkeypatch):
         monkeypatch.setattr(heartbeat, "POLL_INTERVAL_S", 0.01)
         asked = threading.Semaphore(0)
 
@@ -283,7 +283,7 @@ class TestTheHeartbeatMonitor:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, only root sees all connections")
-def test_the_health_check_tells_a_server_that_listens_and_a_site_that_is_connected(project, tmp_path):
+def test_the_health_check_passes_for_a_listening_server_and_a_connected_site(project, tmp_path):
     for name in ("server", "client"):
         (tmp_path / name / "startup").mkdir(parents=True)
     with socket.socket() as server:
@@ -306,8 +306,8 @@ def test_the_health_check_tells_a_server_that_listens_and_a_site_that_is_connect
 
 
 @pytest.mark.slow
-def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_alone(project):
-    """Another POC is likely to hold port 8002, and has its files in /tmp/nvflare."""
+def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_other_pocs_alone(project):
+    """Another POC is likely to use port 8002 and to have its files in /tmp/nvflare."""
     flags = ("--dataset", "digits", "--n_clients", "2", "--num_rounds", "2")
     foreign = socket.socket()
     foreign.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -316,7 +316,7 @@ def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_al
             foreign.bind(("127.0.0.1", 8002))
             foreign.listen()
         except OSError:
-            pass  # there is a foreign one already
+            pass  # there is another one already
         before = Path("/tmp/nvflare").exists()
         run = project.run("job.py", *flags, "--env", "poc", "--name", "poc")
         assert run.returncode == 0, run.stderr
@@ -336,7 +336,7 @@ def test_a_poc_gives_the_same_model_as_the_simulator_and_leaves_a_foreign_one_al
 
 
 CALL = "x, labels = batch\n        hang(self.round)\n        outputs = self(x)\n        loss"
-# Site 2 hangs in its first round until it is given up and the next round runs, which then waits for it.
+# Site 2 hangs in its first round until it times out and the next round runs, which then waits for it.
 HANG = """
 import os, time
 from pathlib import Path
@@ -357,7 +357,7 @@ def hang(number):
 
 
 @pytest.mark.slow
-def test_a_site_whose_training_hangs_is_given_up_and_may_come_back(project, tmp_path):
+def test_a_site_whose_training_hangs_times_out_and_may_come_back(project, tmp_path):
     project.replace("model.py", "x, labels = batch\n        outputs = self(x)\n        loss", CALL)
     (project.folder / "model.py").write_text((project.folder / "model.py").read_text() + HANG)
     flags = ["--dataset", "digits", "--n_clients", "3", "--num_rounds", "2", "--name", "hung"]

@@ -1,4 +1,4 @@
-"""What goes to an experiment tracker: read back with the tracker's own library."""
+"""What is sent to an experiment tracker, read back with the tracker's own library."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def read_events(folder) -> dict:
 
 
 class Writer:
-    """In place of NVFlare's SummaryWriter, which needs a server."""
+    """Replaces NVFlare's SummaryWriter, which needs a server."""
 
     def __init__(self):
         self.sent, self.steps = {}, []
@@ -57,7 +57,7 @@ class Writer:
 
 @pytest.fixture
 def train(options, monkeypatch, tmp_path):
-    """Train at one site for two rounds, as client.py does: what was sent."""
+    """Train at one site for two rounds, as client.py does; return what was sent."""
     monkeypatch.setattr(progress, "SummaryWriter", Writer)
     monkeypatch.setattr("model.LOG_EVERY_N_STEPS", 5)
 
@@ -97,11 +97,11 @@ class TestASite:
     def test_counts_training_in_steps_and_evaluation_in_rounds(self, train):
         sent = train("tensorboard", epochs=2).sent
         assert [step for step, _ in sent["train/loss"]] == [1, 6, 7, 12, 13, 18, 19, 24]
-        assert [step for step, _ in sent["val/acc"]] == [0, 1]  # the global model after so many rounds
+        assert [step for step, _ in sent["val/acc"]] == [0, 1]  # the global model after n rounds
         assert [step for step, _ in sent["test/acc"]] == [1, 2]
 
-    def test_never_steps_back_for_wandb(self, train):
-        """It drops what has a lower step than what came before."""
+    def test_never_decreases_the_step_for_wandb(self, train):
+        """It drops values whose step is lower than an earlier one."""
         sent = train("wandb", epochs=2)
         assert sent.steps == sorted(sent.steps)
         assert sent.sent["round"] == [(0, 0), (12, 1), (12, 1), (24, 2)]
@@ -110,12 +110,12 @@ class TestASite:
     def test_sends_nothing_unless_asked(self, train):
         assert train("none", batches=2) is None
 
-    def test_tells_its_speed(self, train, tmp_path):
+    def test_announces_its_speed(self, train, tmp_path):
         train("none", batches=20)
         records = read_json_lines(tmp_path / "progress.jsonl")
-        told = [record for record in records if "step" in record]
-        assert (told[-1]["step"], told[-1]["steps"]) == (20, 20)
-        assert all(record["speed"] > 0 for record in told)
+        speeds = [record for record in records if "step" in record]
+        assert (speeds[-1]["step"], speeds[-1]["steps"]) == (20, 20)
+        assert all(record["speed"] > 0 for record in speeds)
 
 
 def test_the_global_models_curves_are_written_for_tensorboard(tmp_path):
@@ -136,7 +136,7 @@ def test_without_a_tracker_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("tracker", TRACKERS[1:])
-def test_a_tracker_that_is_not_installed_is_named(monkeypatch, tracker):
+def test_a_missing_tracker_package_is_named(monkeypatch, tracker):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else real(name))
     with pytest.raises(UserError, match=f"^--tracking {tracker} needs a package: .* -m pip install {tracker}$"):
@@ -148,7 +148,7 @@ import importlib.machinery, importlib.util, sys
 from unittest.mock import MagicMock
 
 parts = {"mlflow": ["entities", "tracking", "tracking.client"], "wandb": []}
-for tracker in parts:  # what is not installed is stood in for: only names are looked up in it
+for tracker in parts:  # mock what is not installed: only names are looked up in it
     if importlib.util.find_spec(tracker) is None:
         for name in (tracker, *(f"{tracker}.{part}" for part in parts[tracker])):
             sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
@@ -181,7 +181,7 @@ def test_a_job_carries_no_password_and_no_path_of_the_submitters_machine(project
         assert [text for text in texts if text.startswith("/") or "://" in text] == [], path
 
 
-def test_the_server_sends_to_the_mlflow_of_its_own_environment(project, tmp_path, monkeypatch):
+def test_the_server_uses_the_mlflow_of_its_own_environment(project, tmp_path, monkeypatch):
     from nvflare.fuel.utils.json_scanner import JsonScanner
     from nvflare.fuel.utils.wfconf import resolve_var_refs
 
@@ -201,7 +201,7 @@ def test_the_server_sends_to_the_mlflow_of_its_own_environment(project, tmp_path
 
 
 def federate(tmp_path_factory, tracker, **environment) -> Project:
-    """Two sites, three rounds, in the project's copy."""
+    """Two sites and three rounds in a copy of the project."""
     project = Project(tmp_path_factory.mktemp(tracker) / "project")
     flags = ["--dataset", "digits", "--n_clients", "2", "--num_rounds", "3", "--name", "tracked"]
     run = project.run("job.py", *flags, "--tracking", tracker, **environment)
@@ -220,11 +220,11 @@ class TestWithTensorBoard:
     def project(self, tmp_path_factory, shared_cache):
         return federate(tmp_path_factory, "tensorboard")
 
-    def test_all_curves_of_a_run_lie_under_its_name(self, project):
+    def test_all_curves_of_a_run_are_under_its_name(self, project):
         runs = {run for run in read_events(project.folder / "runs") if not run.startswith("latest/")}
         assert runs == {f"tracked/tensorboard/{name}" for name in ("global", "site-1", "site-2")}
 
-    def test_a_sites_curves_are_what_the_result_says(self, project):
+    def test_a_sites_curves_match_the_result(self, project):
         curves = read_events(project.folder / "runs" / "tracked" / "tensorboard")
         for site in ("site-1", "site-2"):
             assert set(curves[site]) == SITE_TAGS
@@ -232,15 +232,15 @@ class TestWithTensorBoard:
             assert curves[site]["val/acc"] == known
             assert [step for step, _ in curves[site]["test/acc"]] == [1, 2, 3]
 
-    def test_the_global_models_curve_is_beside_them(self, project):
+    def test_the_global_models_curve_is_next_to_them(self, project):
         curves = read_events(project.folder / "runs" / "tracked" / "tensorboard")
         known = [(entry["round"], pytest.approx(entry["accuracy"])) for entry in project.result["rounds"]]
         assert curves["global"]["val/acc"] == known
         assert curves["global"]["test/acc"] == [(3, pytest.approx(project.result["test"]["accuracy"]))]
 
-    def test_two_sites_and_three_rounds_fill_25_lines(self, project):
+    def test_two_sites_and_three_rounds_print_at_most_25_lines(self, project):
         assert project.errors == ""
-        assert len(project.screen.splitlines()) <= 25
+        assert len(project.done.stdout.splitlines()) <= 25
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def read_wandb(path):
     from wandb.proto import wandb_internal_pb2
 
     stored, name, history, message = path.read_bytes(), "", [], b""
-    at, block = 7, 32768  # a header, then records that no block's end cuts
+    at, block = 7, 32768  # a header, then records that do not cross block boundaries
     while at + 7 <= len(stored):
         if block - at % block < 7:
             at += block - at % block

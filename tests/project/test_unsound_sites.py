@@ -1,4 +1,4 @@
-"""Federations in which a site sends what cannot be used, or the training diverges."""
+"""Federations in which a site sends unusable results, or training diverges."""
 
 import json
 
@@ -15,7 +15,7 @@ from pytorch_lightning import Callback
 
 
 class Poison(Callback):
-    """Spoils the weights of some sites in the second round, just before they are sent."""
+    """Corrupts the weights of some sites in the second round, just before they are sent."""
 
     def __init__(self, site, round_):
         self.active = round_ == 1 and site in {sites}
@@ -29,13 +29,13 @@ def main('''
 
 
 def poison(project: Project, sites: set[str]) -> None:
-    """Let some of a project's sites send NaN in the second round."""
+    """Make some of a project's sites send NaN in the second round."""
     project.replace("client.py", "[progress])", "[progress, Poison(site, round_)])")
     project.replace("client.py", "def main(", POISON.replace("{sites}", repr(sites)))
 
 
 def result_of(project: Project, name: str) -> dict:
-    """results.json, which has to be JSON in the strict sense."""
+    """results.json, which has to be strict JSON."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -44,7 +44,7 @@ def result_of(project: Project, name: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_a_round_goes_on_without_the_site_whose_answer_cannot_be_used(project):
+def test_a_round_continues_without_a_site_whose_answer_is_unusable(project):
     poison(project, {"site-3"})
     run = project.run("job.py", *USUAL, "--name", "one")
     assert run.returncode == 0, run.stderr
@@ -61,7 +61,7 @@ def test_a_round_goes_on_without_the_site_whose_answer_cannot_be_used(project):
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedopt"])
-def test_a_run_ends_where_too_few_sites_are_left_and_keeps_its_last_model(project, algorithm):
+def test_a_run_with_too_few_sites_left_ends_and_keeps_its_last_model(project, algorithm):
     poison(project, {"site-1", "site-3"})
     run = project.run("job.py", *USUAL, "--algorithm", algorithm, "--name", "two")
     assert run.returncode == 1
@@ -75,7 +75,7 @@ def test_a_run_ends_where_too_few_sites_are_left_and_keeps_its_last_model(projec
     assert project.processes() == []
 
 
-def test_a_learning_rate_that_is_far_too_high_ends_the_run_at_once_and_its_name_can_be_used_again(project):
+def test_a_far_too_high_learning_rate_ends_the_run_at_once_and_its_name_can_be_reused(project):
     few = ("--dataset", "digits", "--num_rounds", "9", "--name", "high")
     run = project.run("job.py", *few, "--learning_rate", "1e20")
     assert run.returncode == 1
@@ -93,7 +93,7 @@ def test_a_learning_rate_that_is_far_too_high_ends_the_run_at_once_and_its_name_
     assert (project.folder / "runs" / "latest").resolve().name == "high"
 
 
-def test_a_model_that_logs_no_accuracy_has_a_result_of_its_own(project):
+def test_a_model_that_logs_no_accuracy_has_a_result(project):
     project.replace("model.py", 'self.log(f"{stage}_acc"', 'self.log(f"{stage}_f1"')
     run = project.run("job.py", "--dataset", "digits", "--name", "f1")
     assert run.returncode == 0, run.stderr
@@ -106,7 +106,7 @@ def test_a_model_that_logs_no_accuracy_has_a_result_of_its_own(project):
     assert (check.returncode, "CHECK PASSED" in check.stdout) == (0, True)
 
 
-def test_a_model_that_logs_nothing_is_trained_as_well(project):
+def test_a_model_that_logs_nothing_is_trained_too(project):
     for name in ("loss", "acc"):
         project.replace("model.py", f'self.log(f"{{stage}}_{name}"', "(lambda *_, **__: None)(0")
     run = project.run("job.py", "--dataset", "digits", "--name", "mute")
@@ -116,16 +116,16 @@ def test_a_model_that_logs_nothing_is_trained_as_well(project):
     assert (result["test"]["accuracy"], result["test"]["loss"]) == (None, None)
 
 
-def test_what_a_model_sends_of_its_own_arrives_and_no_site_is_told_of_another(project):
+def test_a_models_own_metadata_arrives_and_no_site_learns_about_another(project):
     project.replace("model.py", "__fl_meta__: dict[str, Any] = {}", '__fl_meta__: dict[str, Any] = {"scanner": "MR 3"}')
     project.replace(
-        "client.py", "round_ = input_model", "print(f'told: {input_model.meta}')\n        round_ = input_model"
+        "client.py", "round_ = input_model", "print(f'meta received: {input_model.meta}')\n        round_ = input_model"
     )
     run = project.run("job.py", "--dataset", "digits", "--name", "meta")
     assert run.returncode == 0, run.stderr
     records = [json.loads(line) for line in (project.folder / "runs" / "meta" / "audit.jsonl").read_text().splitlines()]
     assert {record["meta"]["scanner"] for record in records if record["task"] == "train"} == {"str, length 4"}
     log = (project.folder / "runs" / "meta" / "log.txt").read_text()
-    told = [line.split("told: ")[1] for line in log.splitlines() if "told: " in line]
-    assert len(told) >= 4
-    assert not any("site-1" in line and "site-2" in line or "val_images" in line for line in told)
+    received = [line.split("meta received: ")[1] for line in log.splitlines() if "meta received: " in line]
+    assert len(received) >= 4
+    assert not any("site-1" in line and "site-2" in line or "val_images" in line for line in received)

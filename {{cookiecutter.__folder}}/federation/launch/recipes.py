@@ -79,7 +79,7 @@ def fedavg(options: Options, **shared: Any) -> FedAvgRecipe:
 
 
 def fedprox(options: Options, **shared: Any) -> FedProxRecipe:
-    """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu is the pull toward the global model."""
+    """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu pulls toward the global model."""
     own = {"aggregator": OrderedMean(options.n_clients), "fedprox_mu": options.fedprox_mu}
     return FedProxRecipe(**own, **_early_stopping(options), **shared)
 

@@ -80,7 +80,7 @@ class Server:
                 reason = str(error)
             if first:
                 print(f"the server does not answer; waiting up to {self.patience:.0f} s", flush=True)
-        raise RunError(f"the server is lost: no answer for {self.patience:.0f} s ({reason})")
+        raise RunError(f"lost the connection to the server: no answer for {self.patience:.0f} s ({reason})")
 
     def submit(self, sites: list[str]) -> str:
         """Submit the run's job once all of its sites are connected, and return its ID.
