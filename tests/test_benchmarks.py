@@ -94,9 +94,9 @@ def part_of(walls: dict[str, list[float]]) -> dict:
 
 
 def test_a_ratio_is_taken_of_neighbours_and_judged_by_its_median():
-    rows = tables.figures({"speed": part_of({"limit": [10.0, 20.0], "project": [15.0, 60.0]})})
-    by_name = {row["figure"]: row for row in rows}
-    whole = by_name["whole job over the limit's whole wall"]
+    rows = tables.metrics({"speed": part_of({"limit": [10.0, 20.0], "project": [15.0, 60.0]})})
+    by_name = {row["metric"]: row for row in rows}
+    whole = by_name["wall time / plain loop"]
     assert (whole["min"], whole["median"], whole["max"], whole["n"]) == (1.5, 2.25, 3.0, 2)
     assert not whole["met"]
     assert by_name["job.py, help"]["met"]
@@ -163,9 +163,9 @@ def test_a_quick_run_measures_every_part(tmp_path):
         for run in part["runs"]:
             assert run["wall_s"] > run["fit_s"] * run["rounds"] > 0, run
             assert math.isclose(timeline.predict_wall(run, run["rounds"]), run["wall_s"]), run
-    assert [row["figure"] for row in results["figures"] if row["median"] is None] == []
-    for row in results["figures"]:
-        assert row["figure"] in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert [row["metric"] for row in results["metrics"] if row["median"] is None] == []
+    for row in results["metrics"]:
+        assert row["metric"] in (tmp_path / "speed.md").read_text(encoding="utf-8")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -184,7 +184,7 @@ def test_the_table_of_algorithms_has_mean_spread_and_number_of_seeds():
         ("scaffold", "iid", 0.2),
     ]
     rows = [{"algorithm": algorithm, "partition": partition, "final": final} for algorithm, partition, final in finals]
-    lines = accuracy.page({"data": "mine", "n_clients": 3, "num_rounds": 4}, rows).splitlines()
+    lines = accuracy.markdown({"data": "mine", "n_clients": 3, "num_rounds": 4}, rows).splitlines()
     assert "| fedavg | 0.500 ± 0.141 (2) | 0.300 (1) | - |" in lines
     assert "| scaffold | 0.200 (1) | - | - |" in lines
 
