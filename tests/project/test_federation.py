@@ -212,7 +212,7 @@ class TestAFinishedRun:
         page = (self.folder(finished) / "report.html").read_text(encoding="utf-8")
         assert written.stdout == f"{(self.folder(finished) / 'report.html').resolve()}\n"
         accuracy = finished.result["test"]["accuracy"]
-        assert f"Confusion matrix of all sites: {accuracy:.3f} of 360 test images are on the diagonal" in page
+        assert f"Confusion matrix of all sites: accuracy {accuracy:.3f} on 360 test images" in page
         assert ", but all sites reported" not in page
         assert "Timeline of each site" in page
         assert "Every tensor matches a weight of the final model by name and shape" in page
@@ -273,7 +273,7 @@ def test_other_data_and_another_model_need_no_other_change(project):
     page = project.run("results.py", "table", "--html")
     assert page.returncode == 0, page.stderr
     report = (project.folder / "runs" / "table" / "report.html").read_text(encoding="utf-8")
-    assert f"Confusion matrix of all sites: {result['test']['accuracy']:.3f} of " in report
+    assert f"Confusion matrix of all sites: accuracy {result['test']['accuracy']:.3f} on " in report
     assert "malignant" in report
     compared = project.run("compare.py")
     assert (compared.returncode, compared.stderr) == (0, "")

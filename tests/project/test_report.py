@@ -320,11 +320,11 @@ class TestTheMatrix:
     def test_is_shown_for_all_sites_and_the_worst(self, digits):
         page = written(digits)
         whole, worst = page.plots()[3:5]
-        assert whole.startswith("Confusion matrix of all sites: ") and "of 360 test images" in whole
+        assert whole.startswith("Confusion matrix of all sites: ") and "on 360 test images" in whole
         assert worst.startswith("Confusion matrix of the worst site, site-2: ")
 
     def test_that_is_not_what_the_sites_reported_says_so(self, digits):
-        shown = float(re.search(r"all sites: (\S+) of", written(digits).plots()[3])[1])
+        shown = float(re.search(r"all sites: accuracy (\S+) on", written(digits).plots()[3])[1])
         assert shown > 0.01  # the run says 0.0
         assert "but all sites reported 0.000" in written(digits).sections["confusion"]
         result = schema.read(digits)
