@@ -1,8 +1,8 @@
-"""How well do the algorithms learn? `python benchmarks/accuracy.py --data DIR`, DIR as train|test/<class>/<image>.
+"""Compare the algorithms' accuracy: `python benchmarks/accuracy.py --data DIR`, with DIR/train|test/<class>/<image>.
 
-Runs every algorithm on every partition with every seed, through a rendered project's own job.py, and writes
-accuracy.json and accuracy.md into benchmarks/results/. Broken off, it goes on where it was: finished runs are kept in
-build/accuracy/ and not run again.
+Runs every algorithm on every partition with every seed, through job.py of a rendered project, and writes accuracy.json
+and accuracy.md into benchmarks/results/. If interrupted, it resumes: build/accuracy/ keeps finished runs, which are not
+repeated.
 """
 
 import argparse
@@ -30,11 +30,11 @@ PARTITIONS = {
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, help="a folder of images, train|test/<class>/<image> [digits, which need none]")
+    add("--data", type=Path, help="folder of images, train|test/<class>/<image> [default: digits, no folder needed]")
     add("--n_clients", type=int, default=5, help="sites [%(default)s]")
     add("--num_rounds", type=int, default=5, help="rounds of one local epoch [%(default)s]")
-    add("--seeds", type=int, default=3, help="0, 1, ...: how many [%(default)s]")
-    add("--minutes", type=float, default=30, help="start no run after that; the next call goes on [%(default)s]")
+    add("--seeds", type=int, default=3, help="number of seeds: 0, 1, ... [%(default)s]")
+    add("--minutes", type=float, default=30, help="start no new run after this; call again to resume [%(default)s]")
     add("--output", type=Path, default=HERE / "results", help="folder for the results [%(default)s]")
     options = parser.parse_args(arguments)
     if options.data and not all((options.data / split).is_dir() for split in ("train", "test")):
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def command(options: argparse.Namespace, algorithm: str, partition: str, seed: int) -> tuple[str, list[str]]:
-    """A run's name, which tells all that it depends on, and its command line."""
+    """A run's name, which contains all that it depends on, and its command line."""
     data = ["--dataset", "image_folder", "--data_root", str(options.data.resolve())] if options.data else []
     name = f"{algorithm}-{partition}-{options.n_clients}x{options.num_rounds}-{seed}"
     if options.data:
@@ -57,7 +57,7 @@ def main() -> int:
     cookiecutter(
         str(HERE.parent),
         no_input=True,
-        overwrite_if_exists=True,  # runs/ stays as it is
+        overwrite_if_exists=True,  # keeps runs/
         output_dir=str(PROJECT.parent),
         extra_context={"project_name": "Accuracy", "project_slug": PROJECT.name, "dataset": "digits", "setup": "skip"},
     )
@@ -69,12 +69,12 @@ def main() -> int:
             if time.monotonic() - start > 60 * options.minutes:
                 missing += 1
                 continue
-            if finished.parent.exists():  # broken off
-                finished.parent.rename(finished.parent.with_name(f"{name}-broken-{time.time_ns()}"))
+            if finished.parent.exists():  # interrupted
+                finished.parent.rename(finished.parent.with_name(f"{name}-interrupted-{time.time_ns()}"))
             print(" ".join(["python", *arguments]), flush=True)
             run = subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True)
             if run.returncode:
-                print(f"ended with {run.returncode}:\n{run.stderr[-2000:]}", file=sys.stderr)
+                print(f"exit code {run.returncode}:\n{run.stderr[-2000:]}", file=sys.stderr)
                 return 1
         result = json.loads(finished.read_text(encoding="utf-8"))
         rows.append(
@@ -86,24 +86,24 @@ def main() -> int:
             }
         )
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "accuracy.json").write_text(json.dumps({"options": described(options), "runs": rows}, indent=2))
-    text = page(described(options), rows)
+    (options.output / "accuracy.json").write_text(json.dumps({"options": describe(options), "runs": rows}, indent=2))
+    text = markdown(describe(options), rows)
     (options.output / "accuracy.md").write_text(text, encoding="utf-8")
     print(text)
     if missing:
-        print(f"{missing} runs are still to do: the same command goes on")
+        print(f"{missing} runs left: run the same command again to resume")
     return 0
 
 
-def described(options: argparse.Namespace) -> dict[str, Any]:
+def describe(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "data": options.data.name if options.data else "digits",
         **{name: getattr(options, name) for name in ("n_clients", "num_rounds", "seeds")},
     }
 
 
-def page(options: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """A table: an algorithm a row, a partition a column, mean and standard deviation over the seeds."""
+def markdown(options: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A table with one row per algorithm and one column per partition: mean and standard deviation over the seeds."""
     lines = [
         "# Accuracy",
         "",

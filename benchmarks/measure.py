@@ -1,4 +1,4 @@
-"""Start a program and look at it from outside: wall time, and the memory of its processes."""
+"""Run a program and measure it from outside: wall time, and the memory of its processes."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ from typing import Any
 
 import psutil
 
-SAMPLE_S = 2.0  # between two looks at the memory: each costs the program some 10 ms a process
+SAMPLE_S = 2.0  # between two memory samples: each costs the program about 10 ms per process
 
 
 class ProgramFailed(Exception):
-    """The program did not end with the expected code."""
+    """The program did not end with the expected exit code."""
 
 
 def run(
@@ -24,16 +24,16 @@ def run(
     folder: Path,
     environment: dict[str, str] | None = None,
     code: int = 0,
-    look: Callable[[psutil.Process], None] | None = None,
+    sampler: Callable[[psutil.Process], None] | None = None,
 ) -> tuple[float, float]:
     """Run a program to its end. Returns (start, end) in seconds since 1970.
 
     Args:
-        code: the exit code that it must end with.
-        look: called every SAMPLE_S seconds with its psutil.Process.
+        code: the expected exit code.
+        sampler: called with its psutil.Process every SAMPLE_S seconds.
 
     Raises:
-        ProgramFailed: with the end of its output.
+        ProgramFailed: a different exit code; the message has the end of its output.
     """
     start = time.time()
     with subprocess.Popen(
@@ -42,8 +42,8 @@ def run(
         over = threading.Event()
 
         def watch() -> None:
-            while look and not over.wait(SAMPLE_S):
-                look(psutil.Process(process.pid))
+            while sampler and not over.wait(SAMPLE_S):
+                sampler(psutil.Process(process.pid))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -51,20 +51,21 @@ def run(
             output, _ = process.communicate()
             end = time.time()
         except BaseException:
-            process.terminate()  # job.py ends its family
+            process.terminate()  # job.py terminates its process tree
             raise
         finally:
             over.set()
             watcher.join()
     if process.returncode != code:
-        raise ProgramFailed(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-3000:]}")
+        raise ProgramFailed(f"{' '.join(command)}\nexit code {process.returncode}:\n{output[-3000:]}")
     return start, end
 
 
-class Memory:
-    """Looks at the memory of a program's family. `samples`: (time, {process: USS in bytes}, PSS of all in bytes).
+class MemorySampler:
+    """Samples the memory of a process tree. `samples`: (time, {process ID: USS in bytes}, total PSS in bytes).
 
-    USS is what only this process holds; PSS counts what is shared by its share. Linux has PSS; elsewhere USS stands in.
+    USS is memory that no other process shares; PSS divides shared pages between their processes. Only Linux has PSS;
+    elsewhere USS is used instead.
     """
 
     def __init__(self) -> None:
@@ -78,12 +79,12 @@ class Memory:
                 own[one.pid] = memory.uss
                 total += getattr(memory, "pss", memory.uss)
         except psutil.Error:
-            return  # one has just ended: the next look will do
+            return  # a process has just ended: wait for the next sample
         self.samples.append((time.time(), own, total))
 
 
 def idle_uss(python: str, code: str, folder: Path) -> int:
-    """The USS in bytes of a Python process once it has run `code`."""
+    """USS in bytes of a Python process after it has run `code`."""
     command = [python, "-c", f"{code}\nprint('ready', flush=True)\ninput()"]
     with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
@@ -94,7 +95,7 @@ def idle_uss(python: str, code: str, folder: Path) -> int:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, and the versions that matter."""
+    """CPU, cores, memory, system, and the versions of the packages that matter."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

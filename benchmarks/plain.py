@@ -1,8 +1,8 @@
-"""The limit: federated averaging as a plain PyTorch loop, without Lightning and NVFlare. speed.py runs it.
+"""The lower bound: federated averaging as a plain PyTorch loop, without Lightning or NVFlare. speed.py runs it.
 
-The same network, images, steps and evaluations as the project's client.py, in as many processes as there are clients,
-with the cores shared out. The clients' weights lie in memory that all of them see: to average costs a barrier. What
-any federation adds to this is overhead.
+The same network, images, steps and evaluations as the project's client.py, with one process per client and the cores
+divided between them. The clients' weights are in shared memory, so averaging costs only a barrier. Whatever else a
+federation takes is overhead.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # a process's first optimizer imports it, for a second: not within `fit`, and once for all
+import torch._dynamo  # the first optimizer imports it, which takes 1 s: keep that out of `fit`, and do it once
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -31,7 +31,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
 
 def import_project(folder: str) -> tuple[type[nn.Module], types.ModuleType]:
-    """The project's network, and how it deals images; Lightning, which model.py needs for LitNet, stays out."""
+    """The project's network and partition module, without Lightning, which model.py imports for LitNet."""
     lightning = "pytorch_lightning"
     absent = (lightning, f"{lightning}.utilities", f"{lightning}.utilities.types", "torchmetrics")
     for name in absent:
@@ -55,7 +55,7 @@ def batches(images: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int
 
 @torch.inference_mode()
 def evaluate(net: nn.Module, loader: Iterable[Batch]) -> dict[str, float]:
-    """Accuracy, and loss as the mean over the images."""
+    """Accuracy, and mean loss over the images."""
     right, n_images, loss = 0, 0, 0.0
     for x, y in loader:
         outputs = net(x)
@@ -75,7 +75,7 @@ def train(net: nn.Module, loader: Iterable[Batch], learning_rate: float) -> None
 
 
 def client(site: int, reports: "Queue[Any]", barrier: Barrier, *arguments: Any) -> None:
-    """Run a site. One that fails wakes the others, and so the whole program ends."""
+    """Run a site. If it fails, it aborts the others, which ends the whole program."""
     try:
         reports.put((site, *run_site(site, barrier, *arguments)))
     except BaseException:
@@ -92,15 +92,15 @@ def run_site(
     weights: torch.Tensor,
     shares: torch.Tensor,
 ) -> tuple[list[tuple[float, str]], dict[str, float]]:
-    """All rounds of a site. Returns its phases and the test of the final model.
+    """Run all rounds of a site. Returns its phases and the test of the final model.
 
     Args:
-        parts: for `train`, `val` and `test` (images, labels, indices).
-        weights: (clients, parameters), shared memory: each client writes its own row, all read all.
-        shares: (clients,), of all training images.
+        parts: (images, labels, indices) of `train`, `val` and `test`.
+        weights: (clients, parameters) in shared memory: each client writes its own row and reads all.
+        shares: (clients,), each client's share of all training images.
     """
     torch.set_num_threads(options.threads)
-    net = copy.deepcopy(net)  # where processes are not forked, its tensors are shared
+    net = copy.deepcopy(net)  # unless processes are forked, its tensors are shared
     phases = []
 
     def begin(name: str) -> None:
@@ -127,7 +127,7 @@ def run_site(
             weights[site] = parameters_to_vector(net.parameters())
             barrier.wait()
             mean = shares @ weights
-            barrier.wait()  # nobody writes before all have read
+            barrier.wait()  # no client writes before all have read
             vector_to_parameters(mean, net.parameters())
     begin("evaluate")
     evaluate(net, evaluation("val"))
@@ -163,7 +163,7 @@ def main() -> None:
     net = Net(len((options.store / "classes.txt").read_text(encoding="utf-8").splitlines()))
     weights = parameters_to_vector(net.parameters()).detach().repeat(n_clients, 1).share_memory_()
     n_images = torch.tensor([len(part["train"][2]) for part in parts], dtype=torch.float32)
-    # A fork starts with all imports done, but only Linux forks safely.
+    # A forked process has all imports done, but forking is safe only on Linux.
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     barrier, reports = context.Barrier(n_clients), context.Queue()
     shared = (options, net, weights, n_images / n_images.sum())
@@ -171,9 +171,9 @@ def main() -> None:
     for process in sites:
         process.start()
     for process in sites:
-        process.join()  # before the reports are taken: they are small enough to wait in the pipe
+        process.join()  # before reading the reports: they are small enough to wait in the pipe
     if any(process.exitcode for process in sites):
-        sys.exit("plain.py: a client failed, see above")
+        sys.exit("plain.py: a client failed: see above")
     results = sorted(reports.get() for _ in sites)
     tests = [test for _, _, test in results]
     tested = sum(test["images"] for test in tests)

@@ -1,7 +1,7 @@
-"""How fast is the rendered project? `make bench`, or `python benchmarks/speed.py --help`.
+"""Measure the speed of the rendered project: `make bench`, or `python benchmarks/speed.py --help`.
 
-Runs three programs on the same work, alternately: the limit (plain.py), the project as rendered, and the textbook way
-(textbook/). Writes speed.json, speed.md and speed.png into benchmarks/results/. README.md tells how to read them.
+Alternates three programs on the same work: the lower bound (plain.py), the project as rendered, and the textbook way
+(textbook/). Writes speed.json, speed.md and speed.png into benchmarks/results/. README.md explains how to read them.
 """
 
 import argparse
@@ -27,24 +27,34 @@ PARTS = ("speed", "textbook", "rounds", "clients")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, help="a folder of images, train|test/<class>/<image> [generated ones]")
-    add("--quick", action="store_true", help="a small version of everything, for CI: proves that it works, no more")
-    add("--repeats", type=int, help="of limit and project, alternately [3, quick: 1]")
-    add("--only", nargs="+", choices=PARTS, default=PARTS, help="measure only these, keep the other parts' figures")
-    add("--full", action="store_true", help="run the textbook way on all images too, not on a part only: 16 minutes")
+    add("--data", type=Path, help="folder of images, train|test/<class>/<image> [default: generated images]")
+    add(
+        "--quick",
+        action="store_true",
+        help="a small version of everything, for CI: shows that it works, measures nothing",
+    )
+    add("--repeats", type=int, help="runs of the plain loop and of the project [3, quick: 1]")
+    add(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="measure only these parts, keep the results of the others",
+    )
+    add("--full", action="store_true", help="also run the textbook way on all images, not only on a subset: 16 minutes")
     add("--output", type=Path, help="folder for the results [benchmarks/results, quick: build/bench/results]")
     options = parser.parse_args(arguments)
     if options.data and not all((options.data / split).is_dir() for split in ("train", "test")):
         parser.error(f"{options.data} has no folders train and test: expected train|test/<class>/<image>")
     if options.repeats is not None and options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}: it must be 1 or more")
+        parser.error(f"--repeats is {options.repeats}: it must be at least 1")
     options.repeats = options.repeats or (1 if options.quick else 3)
     options.output = options.output or (BUILD if options.quick else HERE) / "results"
     return options
 
 
 class Benchmark:
-    """The four parts. Each returns what goes into speed.json under its name."""
+    """The four parts. Each method returns its entry in speed.json."""
 
     def __init__(self, options: argparse.Namespace):
         quick = options.quick
@@ -62,7 +72,7 @@ class Benchmark:
         self.programs = Programs(BUILD, batch_size=24, learning_rate=0.01)
         for folder in (self.images, self.part):
             self.programs.prepare(folder)
-        self.predict_over_test = 1.0  # until the limit has run
+        self.predict_over_test = 1.0  # until the plain loop has run
 
     def run(
         self,
@@ -72,14 +82,14 @@ class Benchmark:
         n_clients: int = 2,
         partition: str = "none",
         seed: int = 0,
-        look: measure.Memory | None = None,
+        sampler: measure.MemorySampler | None = None,
     ) -> dict[str, Any]:
-        """One run of one of the three programs: its record for speed.json."""
+        """Run one of the three programs once, and return its record for speed.json."""
         folder = self.programs.textbook if what == "textbook" else self.programs.project
         shutil.rmtree(folder / "runs", ignore_errors=True)
         command = self.programs.command(what, images, rounds, n_clients, partition, seed)
         load = os.getloadavg()[0]
-        start, end = measure.run(command, folder, self.programs.environment, look=look)
+        start, end = measure.run(command, folder, self.programs.environment, sampler=sampler)
         if what == "limit":
             report = json.loads((BUILD / "limit.json").read_text(encoding="utf-8"))
             self.predict_over_test = timeline.predict_over_test(report["phases"])
@@ -120,12 +130,12 @@ class Benchmark:
         return {"divisor": self.divisor, "runs": runs, "full": self.run("textbook", self.images) if self.full else None}
 
     def rounds(self) -> dict[str, Any]:
-        """A long run: is it as long as two rounds predicted, and does memory grow?"""
+        """A long run: does its time match the prediction from two rounds, and does memory grow?"""
         imports = measure.idle_uss(sys.executable, IMPORTS, self.programs.project)
         found: dict[str, Any] = {"imports_uss": imports, "divisor": self.divisor, "runs": []}
         for images in (self.images, self.part):
-            memory = measure.Memory()
-            record = self.run("project", images, rounds=self.many_rounds, look=memory)
+            memory = measure.MemorySampler()
+            record = self.run("project", images, rounds=self.many_rounds, sampler=memory)
             found["runs"].append({**record, **self.client_memory(memory)})
         return found
 
@@ -133,15 +143,15 @@ class Benchmark:
         runs = []
         for n_clients in self.client_counts:
             for what in ("limit", "project"):
-                memory = measure.Memory()
-                record = self.run(what, self.images, n_clients=n_clients, partition="iid", look=memory)
+                memory = measure.MemorySampler()
+                record = self.run(what, self.images, n_clients=n_clients, partition="iid", sampler=memory)
                 peak = max((total for _, _, total in memory.samples), default=None)
                 more = self.client_memory(memory) if what == "project" else {}
                 runs.append({**record, "peak_pss": peak, **more})
         return {"runs": runs}
 
-    def client_memory(self, memory: measure.Memory) -> dict[str, Any]:
-        """USS in bytes of a client process during the run just made: its median, early and late in the rounds."""
+    def client_memory(self, memory: measure.MemorySampler) -> dict[str, Any]:
+        """USS in bytes of a client process in the latest run: its median, early and late in the rounds."""
         workspace = self.programs.project / "runs" / "run" / "workspace"
         logs, files = workspace.glob("site-*/log.txt"), workspace.glob("site-*/simulate_job/progress.jsonl")
         clients = set().union(*(timeline.read_process_ids(log.read_text(encoding="utf-8")) for log in logs))
@@ -153,7 +163,7 @@ class Benchmark:
             for time, own, _ in memory.samples
             if first <= time <= last and clients & own.keys()
         ]
-        if len(seen) < 4:  # too short a run to tell
+        if len(seen) < 4:  # the run is too short
             return {"uss": median(uss for _, uss in seen) if seen else None, "uss_early": None, "uss_late": None}
         values, quarter = [uss for _, uss in seen], len(seen) // 4
         return {
@@ -176,12 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "speed.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if {name: results.get(name) for name in setting} != setting:  # figures of different settings do not mix
+    if {name: results.get(name) for name in setting} != setting:  # do not mix results of different settings
         results = {**setting, "parts": {}}
     for name in options.only:
         date = time.strftime("%Y-%m-%d")
         results["parts"][name] = {"date": date, **getattr(benchmark, name)()}
-        results["figures"] = tables.figures(results["parts"])
+        results["metrics"] = tables.metrics(results["parts"])
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (options.output / "speed.md").write_text(tables.markdown(results), encoding="utf-8")
         tables.plot(results, options.output / "speed.png")

@@ -1,15 +1,14 @@
-"""From what sites announce to the times of a run. Pure: text and numbers in, numbers out.
+"""Compute the times of a run from the phases that its sites record. Pure: text and numbers in, numbers out.
 
-A site's progress.jsonl has a line at each turn of client.py's loop; plain.py notes the same phases. A *round* is what
-lies between two such phases of one site: from "validate" to the next "validate", or, after the last round, to the final
-evaluation.
-So the costs add up to the wall without rest:
+A site's progress.jsonl has one line per phase of client.py's loop; plain.py records the same phases. A *round* lasts
+from a site's "validate" to its next "validate" or, for the last round, to the final evaluation. So the parts add up
+exactly to the wall time:
 
     wall = start + rounds * (round + steps * step)
 
-- `start_s`: all before the first round and after the last: imports, the simulator, the final evaluation, the end.
-- `round_s`: a round but for its training: validate, test, predict, messages, aggregation, waiting.
-- `step_s`: a training step: the time inside `fit` over its number of steps.
+- `start_s`: everything before the first round and after the last: imports, simulator, final evaluation, shutdown.
+- `round_s`: a round without its training: validate, test, predict, messages, aggregation, waiting.
+- `step_s`: a training step: the time inside `fit` divided by its number of steps.
 """
 
 import json
@@ -17,7 +16,7 @@ import re
 from itertools import groupby, pairwise
 from statistics import mean
 
-PHASES = {  # a phase that a site announces -> its name here
+PHASES = {  # phase in progress.jsonl -> its name here
     "validating": "validate",
     "training": "train",
     "testing": "test",
@@ -28,44 +27,44 @@ _ROUND = ("validate", "train", "test", "predict")
 
 
 class IncompleteLog(Exception):
-    """The phases are not those of whole rounds with an evaluation at the end."""
+    """The phases are not complete rounds followed by an evaluation."""
 
 
 def read_phases(progress: str) -> list[tuple[float, str]]:
     """A site's progress.jsonl -> (seconds since 1970, one of PHASES' values), in order."""
     records = [json.loads(line) for line in progress.splitlines()]
     announced = [(record["time"], record["phase"]) for record in records if "phase" in record]
-    # An evaluation announces itself twice, for the validation and for the test images.
+    # An evaluation is recorded twice, for the validation and for the test images.
     begins = [next(same) for _, same in groupby(announced, key=lambda phase: phase[1])]
     return [(time, PHASES[phase]) for time, phase in begins if phase in PHASES]
 
 
 def read_process_ids(log: str) -> set[int]:
-    """The processes that wrote a site's log: NVFlare notes each one's number when it connects."""
+    """The processes that wrote a site's log: NVFlare logs each process ID when it connects."""
     return {int(number) for number in re.findall(r"is created: PID: (\d+)", log)}
 
 
 def split_rounds(phases: list[tuple[float, str]]) -> list[dict[str, float]]:
-    """One site's phases -> for each round the times of `validate`, `train`, `test`, `predict` and its `end`.
+    """One site's phases -> per round, the times of `validate`, `train`, `test`, `predict` and its `end`.
 
     Raises:
-        IncompleteLog: a turn is missing, or one too many.
+        IncompleteLog: a phase is missing, or there is one too many.
     """
     names = [name for _, name in phases]
     n_rounds = names.count("validate")
     if not n_rounds or names[: 4 * n_rounds + 1] != [*_ROUND * n_rounds, "evaluate"]:
-        raise IncompleteLog(f"not whole rounds with an evaluation at the end: {', '.join(names) or 'nothing'}")
+        raise IncompleteLog(f"not complete rounds followed by an evaluation: {', '.join(names) or 'nothing'}")
     times = [time for time, _ in phases]
     return [dict(zip((*_ROUND, "end"), times[first : first + 5], strict=True)) for first in range(0, 4 * n_rounds, 4)]
 
 
 def without_predicted(phases: list[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The phases that a client's log has too: plain.py's own, "predicted", is left out."""
+    """The phases that a client records, too: without plain.py's own, "predicted"."""
     return [(time, name) for time, name in phases if name != "predicted"]
 
 
 def predict_over_test(sites: list[list[tuple[float, str]]]) -> float:
-    """How long predicting takes over testing, from plain.py's phases."""
+    """Ratio of prediction time to test time, from plain.py's phases."""
     spans: dict[str, float] = {"test": 0.0, "predict": 0.0}
     for phases in sites:
         for (begin, name), (end, _) in pairwise(phases):
@@ -77,21 +76,21 @@ def predict_over_test(sites: list[list[tuple[float, str]]]) -> float:
 def cost(
     start: float, end: float, sites: list[list[tuple[float, str]]], steps: int, predict_over_test: float
 ) -> dict[str, float]:
-    """What a run cost, in seconds; means over its sites and rounds.
+    """The costs of a run in seconds, as means over its sites and rounds.
 
     Args:
         start, end: of the whole program, in seconds since 1970.
-        sites: for each site its phases.
-        steps: training steps of a site in a round.
-        predict_over_test: how long predicting takes over testing. The client's log does not tell when its last
-            phase ends, so this is the plain loop's ratio, which does.
+        sites: the phases of each site.
+        steps: a site's training steps per round.
+        predict_over_test: ratio of prediction time to test time in the plain loop, because a client does not record
+            when prediction ends.
 
     Returns:
         `start_s`, `round_s` and `step_s` (see the top of this file), `rounds` and `steps`;
         `evaluation_s`: the part of `round_s` that grows with the images: validate, test, predict;
-        `overhead_s`: what is left of `round_s`, of the site that waits least;
-        `final_evaluation_s`: the like part of `start_s`;
-        `fit_s`: inside `fit` in a round; `to_training_s`: from the start to the first training.
+        `overhead_s`: the rest of `round_s`, at the site that waits least;
+        `final_evaluation_s`: the part of `start_s` that grows with the images;
+        `fit_s`: inside `fit` per round; `to_training_s`: from the start to the first training.
     """
     rounds = [split_rounds(phases) for phases in sites]
     every = [one for site in rounds for one in site]
@@ -122,7 +121,7 @@ def cost(
 
 
 def predict_wall(cost: dict[str, float], rounds: int, scale: float = 1.0) -> float:
-    """How long the same job would take, in seconds, with so many rounds and `scale` times the images."""
+    """Predict the seconds that the same job takes with `rounds` rounds and `scale` times the images."""
     start = cost["start_s"] + (scale - 1) * cost["final_evaluation_s"]
     one = cost["round_s"] + (scale - 1) * cost["evaluation_s"]
     return start + rounds * (one + scale * cost["steps"] * cost["step_s"])

@@ -1,4 +1,4 @@
-"""The images that the benchmark runs on, and the three programs that run on them."""
+"""The benchmark's images, and the three programs that it runs on them."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ CLASSES = 10
 
 
 def generate(folder: Path, per_class: dict[str, int]) -> Path:
-    """Write learnable images of CIFAR-10's shape as PNG files; does nothing where they are.
+    """Write learnable images of CIFAR-10's shape as PNG files, unless they exist.
 
-    Each class has a smooth pattern of colors; an image is its class's pattern, moved, under noise. Seeded.
+    Each class has a smooth pattern of colors; an image is its class's pattern, shifted, with noise. Seeded.
 
     Args:
-        folder: gets <split>/<class>/<number>.png.
-        per_class: images of each class in `train` and `test`.
+        folder: receives <split>/<class>/<number>.png.
+        per_class: number of images per class in `train` and `test`.
     """
     if not folder.is_dir():
         random = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def generate(folder: Path, per_class: dict[str, int]) -> Path:
 
 
 def subset(source: Path, folder: Path, divisor: int) -> Path:
-    """A folder with links to the first 1/divisor of each class's images."""
+    """Make a folder of links to the first 1/divisor of each class's images."""
     shutil.rmtree(folder, ignore_errors=True)
     for split in ("train", "test"):
         for one in sorted(path for path in (source / split).iterdir() if path.is_dir()):
@@ -55,11 +55,11 @@ def subset(source: Path, folder: Path, divisor: int) -> Path:
 
 
 class Programs:
-    """A freshly rendered project, its textbook copy and the plain loop, as command lines.
+    """Command lines of a freshly rendered project, its textbook copy and the plain loop.
 
     Args:
-        build: gets the projects and a cache of their own; the user's cache is not touched.
-        batch_size, learning_rate: of all three.
+        build: receives the projects and a separate cache; the user's cache is not touched.
+        batch_size, learning_rate: the same for all three.
     """
 
     def __init__(self, build: Path, batch_size: int, learning_rate: float):
@@ -76,7 +76,7 @@ class Programs:
             shutil.copy(path, self.textbook)
 
     def prepare(self, images: Path) -> Path:
-        """Convert a folder of images as the project does it. Returns the folder of converted images."""
+        """Convert a folder of images as the project does. Returns the folder of converted images."""
         code = "import sys; from pathlib import Path; from federation.site.catalog import prepare; "
         code += "print(prepare('image_folder', Path(sys.argv[1]), 32))"
         command = [sys.executable, "-c", code, str(images)]
@@ -84,7 +84,7 @@ class Programs:
         return Path(done.stdout.decode().strip())
 
     def command(self, what: str, images: Path, rounds: int, n_clients: int, partition: str, seed: int) -> list[str]:
-        """`what` is limit, project or textbook. The project's runs are named "run", the limit writes limit.json."""
+        """`what` is limit (the plain loop, which writes limit.json), project or textbook (runs named "run")."""
         options = ["--n_clients", n_clients, "--partition", partition, "--seed", seed]
         options += ["--batch_size", self.batch_size, "--learning_rate", self.learning_rate]
         if what == "limit":

@@ -1,7 +1,7 @@
-"""The pictures of the README, from a real run: `.venv/bin/python docs/pictures.py PROJECT [FLAG ...]`.
+"""Make the README's pictures from a real run: `.venv/bin/python docs/pictures.py PROJECT [FLAG ...]`.
 
-Runs job.py of a rendered project with these flags, --num_rounds among them, on a terminal. Draws that terminal in the
-middle of the run; then photographs the run's report, for which Chromium must be on the PATH.
+Runs job.py of a rendered project on a terminal with these flags, which must include --num_rounds. Draws that terminal
+in the middle of the run, then takes a screenshot of the run's report, which needs Chromium on the PATH.
 """
 
 import io
@@ -19,12 +19,12 @@ from rich.text import Text
 
 PICTURES = Path(__file__).parent / "pictures"
 COLUMNS, LINES = 92, 60
-WIDTH, HEIGHT = 1120, 1500  # pixels of the report that are shown: its head, curves and who holds what
+WIDTH, HEIGHT = 1120, 1500  # pixels: the top of the report, down to the images per site and class
 NAMES = {"default": "", "brown": "yellow"}  # pyte's names of colors -> rich's
 
 
 def record(project: Path, flags: list[str], round_: str) -> list[Text]:
-    """Run job.py on a terminal: what that showed while the sites trained in this round."""
+    """Run job.py on a terminal, and return its screen while the sites trained in this round."""
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     terminal, programs_side = pty.openpty()
@@ -36,7 +36,7 @@ def record(project: Path, flags: list[str], round_: str) -> list[Text]:
     while True:
         try:
             new = os.read(terminal, 4096)
-        except OSError:  # Linux: the program has closed its side
+        except OSError:  # Linux: the program closed its side
             new = b""
         if not new:
             break
@@ -45,7 +45,9 @@ def record(project: Path, flags: list[str], round_: str) -> list[Text]:
         if not running and round_ in shown and "training, step" in shown:
             running = lines_of(screen)
     if program.wait():
-        sys.exit(f"pictures.py: job.py ended with {program.returncode}; its screen was:\n" + "\n".join(screen.display))
+        sys.exit(
+            f"pictures.py: job.py failed with exit code {program.returncode}; its screen:\n" + "\n".join(screen.display)
+        )
     return running
 
 
@@ -75,7 +77,7 @@ def draw(lines: list[Text], title: str, path: Path) -> None:
 def screenshot(page: Path, path: Path) -> None:
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if not browser:
-        sys.exit("pictures.py: Chromium is not on the PATH: the report was not photographed")
+        sys.exit("pictures.py: Chromium is not on the PATH: no screenshot of the report")
     with tempfile.TemporaryDirectory() as profile:
         flags = ["--headless", "--no-sandbox", f"--user-data-dir={profile}", "--hide-scrollbars"]
         flags += [f"--window-size={WIDTH},{HEIGHT}", "--virtual-time-budget=10000", f"--screenshot={path}"]

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, and a small run of all of it."""
+"""The benchmark's arithmetic, and a small run of every part."""
 
 import json
 import math
@@ -31,8 +31,8 @@ PROGRESS.insert(3, json.dumps({"time": 12.0, "step": 3, "steps": 9, "speed": 0.3
 SECONDS = st.floats(0.01, 1000)
 
 
-def made_of(start: float, rounds: int, validate: float, fit: float, test: float, rest: float):
-    """One site's phases in a run that begins at 0, and the moment of its last."""
+def make_phases(start: float, rounds: int, validate: float, fit: float, test: float, rest: float):
+    """One site's phases in a run, and the time of the last one."""
     now, phases = start, []
     for _ in range(rounds):
         for name, lasts in (("validate", validate), ("train", fit), ("test", test), ("predict", test + rest)):
@@ -41,45 +41,47 @@ def made_of(start: float, rounds: int, validate: float, fit: float, test: float,
     return [*phases, (now, "evaluate")], now
 
 
-def test_what_a_site_announces_is_read_in_order():
+def test_phases_are_read_in_order():
     phases = timeline.read_phases("\n".join(PROGRESS))
     assert [name for _, name in phases] == ["validate", "train", "test", "predict", "evaluate"]
     assert [round(time - phases[0][0], 3) for time, _ in phases] == [0, 0.5, 10.5, 11, 12.75]
     assert timeline.read_process_ids(LOG) == {4711}
 
 
-def test_a_round_ends_where_the_next_or_the_evaluation_begins():
+def test_a_round_ends_when_the_next_round_or_the_evaluation_begins():
     (one,) = timeline.split_rounds(timeline.read_phases("\n".join(PROGRESS)))
     assert one["test"] - one["train"] == 10
     assert one["end"] - one["validate"] == 12.75
 
 
 @pytest.mark.parametrize("lost", ["validating", "training", "testing", "predicting", "evaluating"])
-def test_progress_that_lacks_a_turn_is_refused(lost):
+def test_progress_with_a_missing_phase_is_rejected(lost):
     kept = "\n".join(line for line in PROGRESS if lost not in line)
     with pytest.raises(timeline.IncompleteLog):
         timeline.split_rounds(timeline.read_phases(kept))
 
 
 @given(start=SECONDS, end=SECONDS, rounds=st.integers(1, 5), validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
-def test_the_costs_add_up_to_the_wall_and_predict_any_number_of_rounds(start, end, rounds, validate, fit, test, rest):
-    phases, last = made_of(start, rounds, validate, fit, test, rest)
+def test_the_costs_add_up_to_the_wall_time_and_predict_any_number_of_rounds(
+    start, end, rounds, validate, fit, test, rest
+):
+    phases, last = make_phases(start, rounds, validate, fit, test, rest)
     cost = timeline.cost(0, last + end, [phases, phases], steps=10, predict_over_test=1)
     assert math.isclose(timeline.predict_wall(cost, rounds), last + end)
     assert math.isclose(cost["overhead_s"], rest, rel_tol=1e-6, abs_tol=1e-6)
-    longer, last = made_of(start, 20, validate, fit, test, rest)
+    longer, last = make_phases(start, 20, validate, fit, test, rest)
     assert math.isclose(timeline.predict_wall(cost, 20), last + end, rel_tol=1e-6)
 
 
 @given(start=SECONDS, validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
 def test_costs_of_few_images_predict_many(start, validate, fit, test, rest):
-    few, last = made_of(start, 2, validate, fit, test, rest)
+    few, last = make_phases(start, 2, validate, fit, test, rest)
     cost = timeline.cost(0, last + validate + test, [few], steps=10, predict_over_test=1)
-    _, last = made_of(start, 2, 7 * validate, 7 * fit, 7 * test, rest)
+    _, last = make_phases(start, 2, 7 * validate, 7 * fit, 7 * test, rest)
     assert math.isclose(timeline.predict_wall(cost, 2, scale=7), last + 7 * (validate + test), rel_tol=1e-6)
 
 
-def test_predicting_is_compared_with_testing():
+def test_prediction_time_is_relative_to_test_time():
     phases = [(0, "validate"), (1, "train"), (2, "test"), (6, "predict"), (9, "predicted"), (9.5, "evaluate")]
     assert timeline.predict_over_test([phases, phases]) == 0.75
     assert [name for _, name in timeline.without_predicted(phases)][-2:] == ["predict", "evaluate"]
@@ -93,16 +95,16 @@ def part_of(walls: dict[str, list[float]]) -> dict:
     }
 
 
-def test_a_ratio_is_taken_of_neighbours_and_judged_by_its_median():
-    rows = tables.figures({"speed": part_of({"limit": [10.0, 20.0], "project": [15.0, 60.0]})})
-    by_name = {row["figure"]: row for row in rows}
-    whole = by_name["whole job over the limit's whole wall"]
+def test_ratios_are_of_neighbors_and_judged_by_their_median():
+    rows = tables.metrics({"speed": part_of({"limit": [10.0, 20.0], "project": [15.0, 60.0]})})
+    by_name = {row["metric"]: row for row in rows}
+    whole = by_name["wall time / plain loop"]
     assert (whole["min"], whole["median"], whole["max"], whole["n"]) == (1.5, 2.25, 3.0, 2)
     assert not whole["met"]
     assert by_name["job.py, help"]["met"]
 
 
-def test_runs_are_put_together_with_runs_of_the_same_size():
+def test_runs_are_grouped_by_size():
     run = {"limit": {"n_train": 9}, "few": {"n_train": 3}, "full": {"n_train": 9}}
     few = {"runs": [run["few"]], "full": run["full"]}
     assert tables.by_size({"speed": {"runs": [run["limit"]]}, "textbook": few}) == [
@@ -121,7 +123,7 @@ def test_generated_images_are_the_same_each_time(tmp_path):
     assert len({(one / name).read_bytes() for name in files}) == len(files)
 
 
-def test_a_part_has_the_same_share_of_each_class(tmp_path):
+def test_a_subset_has_the_same_share_of_each_class(tmp_path):
     whole = workload.generate(tmp_path / "whole", {"train": 4, "test": 2})
     part = workload.subset(whole, tmp_path / "part", 2)
     assert {len(list(one.iterdir())) for one in (part / "train").iterdir()} == {2}
@@ -163,20 +165,20 @@ def test_a_quick_run_measures_every_part(tmp_path):
         for run in part["runs"]:
             assert run["wall_s"] > run["fit_s"] * run["rounds"] > 0, run
             assert math.isclose(timeline.predict_wall(run, run["rounds"]), run["wall_s"]), run
-    assert [row["figure"] for row in results["figures"] if row["median"] is None] == []
-    for row in results["figures"]:
-        assert row["figure"] in (tmp_path / "speed.md").read_text(encoding="utf-8")
+    assert [row["metric"] for row in results["metrics"] if row["median"] is None] == []
+    for row in results["metrics"]:
+        assert row["metric"] in (tmp_path / "speed.md").read_text(encoding="utf-8")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_folder_that_holds_no_images_is_refused(tmp_path):
+def test_a_folder_without_images_is_rejected(tmp_path):
     command = [sys.executable, "benchmarks/speed.py", "--data", str(tmp_path)]
     done = subprocess.run(command, cwd=TEMPLATE, text=True, capture_output=True)
     assert done.returncode == 2
     assert f"{tmp_path} has no folders train and test" in done.stderr
 
 
-def test_the_table_of_algorithms_has_mean_spread_and_number_of_seeds():
+def test_the_accuracy_table_has_mean_spread_and_number_of_seeds():
     finals = [
         ("fedavg", "iid", 0.4),
         ("fedavg", "iid", 0.6),
@@ -184,13 +186,13 @@ def test_the_table_of_algorithms_has_mean_spread_and_number_of_seeds():
         ("scaffold", "iid", 0.2),
     ]
     rows = [{"algorithm": algorithm, "partition": partition, "final": final} for algorithm, partition, final in finals]
-    lines = accuracy.page({"data": "mine", "n_clients": 3, "num_rounds": 4}, rows).splitlines()
+    lines = accuracy.markdown({"data": "mine", "n_clients": 3, "num_rounds": 4}, rows).splitlines()
     assert "| fedavg | 0.500 ± 0.141 (2) | 0.300 (1) | - |" in lines
     assert "| scaffold | 0.200 (1) | - | - |" in lines
 
 
-def test_what_a_run_depends_on_is_in_its_name():
-    """A finished run of that name is not run again."""
+def test_a_runs_name_contains_all_that_it_depends_on():
+    """A finished run with the same name is not repeated."""
     options = accuracy.parse(["--n_clients", "3", "--num_rounds", "4"])
     names = {
         accuracy.command(options, algorithm, partition, seed)[0]

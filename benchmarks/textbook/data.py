@@ -1,7 +1,7 @@
-"""The textbook way to load images, in place of the project's data.py, which lies beside this file as images.py.
+"""The textbook way to load images, replacing the project's data.py, which is next to this file as images.py.
 
 As in torchvision's examples and NVFlare's hello-lightning: a dataset that transforms image by image, DataLoaders with
-two workers, the training batch size for evaluation too, and as many threads as PyTorch takes by itself.
+two workers, the training batch size for evaluation as well, and PyTorch's default number of threads.
 """
 
 import os
@@ -17,7 +17,7 @@ TRANSFORM = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5
 
 
 class Images(Dataset[tuple[torch.Tensor, int]]):
-    """Arrays in memory, an image at a time, like torchvision.datasets.CIFAR10."""
+    """Arrays in memory, read one image at a time, like torchvision.datasets.CIFAR10."""
 
     def __init__(self, part: images.Images):
         self.pixels = part.images[part.rows].transpose(0, 2, 3, 1)
@@ -37,7 +37,7 @@ class SiteDataModule(images.SiteDataModule):
 
     def _loader(self, part: str, shuffle: bool = False) -> DataLoader[Any]:
         images, size = Images(self.parts[part]), self.options.batch_size
-        return DataLoader(images, batch_size=size, shuffle=shuffle, num_workers=2)  # by name: Lightning makes it anew
+        return DataLoader(images, batch_size=size, shuffle=shuffle, num_workers=2)  # keywords: Lightning re-creates it
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", shuffle=True)

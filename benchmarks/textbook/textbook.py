@@ -1,4 +1,4 @@
-"""Runs the project's job.py with NVFlare's own default of 2 s between two requests of a site."""
+"""Run the project's job.py with NVFlare's default of 2 s between two requests of a site."""
 
 import sys
 
@@ -10,8 +10,6 @@ NVFLARE_TASK_INTERVAL_S = 2.0
 
 if __name__ == "__main__":
     if not hasattr(recipes, "TASK_INTERVAL_S"):
-        sys.exit(
-            "federation/launch/recipes.py has no TASK_INTERVAL_S any more: benchmarks/textbook/textbook.py must follow"
-        )
+        sys.exit("federation/launch/recipes.py no longer has TASK_INTERVAL_S: update benchmarks/textbook/textbook.py")
     recipes.TASK_INTERVAL_S = NVFLARE_TASK_INTERVAL_S
     sys.exit(exit_code("job.py", job.main))

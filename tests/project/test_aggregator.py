@@ -1,4 +1,4 @@
-"""The weighted mean, whatever the order of arrival; and which model is the best one."""
+"""The weighted mean, in any order of arrival, and the choice of the best model."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ IMAGES = {"site-1": 288, "site-2": 575, "site-10": 31, "site-3": 7, "site-4": 1}
 
 
 def results(images=IMAGES) -> list[FLModel]:
-    """What each site sends: random weights whose sum depends on the order in the last bits."""
+    """What each site sends: random weights, the last bits of whose sum depend on the order."""
     random = np.random.RandomState(0)
     return [
         FLModel(
@@ -43,19 +43,19 @@ def mean_of(arriving: list[FLModel]) -> FLModel:
     return aggregator.aggregate_model()
 
 
-def test_sites_count_by_their_training_images():
+def test_weights_are_averaged_by_training_images():
     sites = results()
     mean = mean_of(sites)
     for name in ("w", "b"):
-        by_hand = np.average(
+        expected = np.average(
             [site.params[name].astype(np.float64) for site in sites], axis=0, weights=[*IMAGES.values()]
         )
-        np.testing.assert_allclose(mean.params[name], by_hand, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mean.params[name], expected, rtol=1e-5, atol=1e-6)
     unweighted = np.mean([site.params["w"] for site in sites], axis=0)
     assert not np.allclose(mean.params["w"], unweighted, atol=1e-2)
 
 
-def test_the_order_of_arrival_changes_no_bit():
+def test_the_mean_does_not_depend_on_the_order_of_arrival():
     orders = [[*order] for order in itertools.permutations(results())]
     means = {mean_of(order).params["w"].tobytes() for order in orders}
     assert len(means) == 1
@@ -63,7 +63,7 @@ def test_the_order_of_arrival_changes_no_bit():
     assert len(summed_on_arrival) > 1  # with these numbers, the order matters
 
 
-def test_a_round_forgets_the_one_before():
+def test_a_new_round_starts_from_zero():
     first, second = results(), results({"site-1": 5, "site-2": 6, "site-3": 7})
     aggregator = OrderedMean(len(IMAGES))
     for result in first:
@@ -74,11 +74,11 @@ def test_a_round_forgets_the_one_before():
     np.testing.assert_array_equal(aggregator.aggregate_model().params["w"], mean_of(second).params["w"])
 
 
-def test_metrics_count_by_validation_images():
+def test_metrics_are_averaged_by_validation_images():
     sites = results()
     weights = [n // 4 for n in IMAGES.values()]
-    by_hand = np.average([site.metrics["val_acc"] for site in sites], weights=weights)
-    assert mean_of(sites).metrics["val_acc"] == pytest.approx(by_hand)
+    expected = np.average([site.metrics["val_acc"] for site in sites], weights=weights)
+    assert mean_of(sites).metrics["val_acc"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_metrics_count_by_validation_images():
     ],
     ids=["weighted", "a site without images", "a metric of one site", "no images", "no metrics", "no sites"],
 )
-def test_the_mean_of_metrics(sites, mean):
+def test_mean_metrics(sites, mean):
     assert mean_metrics(sites) == mean
 
 
-def test_a_mean_says_what_it_is_made_of():
+def test_a_mean_lists_its_sites():
     sites = mean_of(results()).meta[SITES]
     assert list(sites) == sorted(IMAGES)
     assert {name: (own["train"], own["val"]) for name, own in sites.items()} == {
@@ -106,15 +106,15 @@ def test_a_mean_says_what_it_is_made_of():
     assert sites["site-3"]["metrics"] == results()[3].metrics
 
 
-def test_a_mean_that_is_sent_to_all_sites_says_nothing_about_their_images():
-    """Of two sites, each would know the other's number from the total."""
+def test_a_mean_does_not_send_image_counts_to_the_sites():
+    """With two sites, each could compute the other's count from the total."""
     meta = mean_of(results()).meta
     del meta[SITES]  # FinalEvaluation takes it out
     assert not {MetaKey.NUM_STEPS_CURRENT_ROUND, "val_images"} & meta.keys()
 
 
-def test_one_answer_for_several_sites_is_worth_as_much_as_theirs():
-    """Added up in two steps, the mean is the same but for rounding."""
+def test_several_answers_can_be_combined_into_one():
+    """In two steps, the mean is the same up to rounding."""
     sites = {result.meta["client_name"]: result for result in results()}
     first, *others = sites
     both = {"first": sites[first], "others": add_up({name: sites[name] for name in others})}
@@ -126,9 +126,9 @@ def test_one_answer_for_several_sites_is_worth_as_much_as_theirs():
 
 
 def evaluate(folder, rounds: list[dict], final: dict, first_round: int = 0, n_sites: int = 2) -> tuple[dict, list]:
-    """Play a run: the accuracy of each site, by its name, for what each round began with, and for the final model.
+    """Simulate a run, given each site's accuracy for the model that each round starts with, and for the final model.
 
-    Returns evaluation.json, and the models that the sites were given, each a number: how many aggregations made it.
+    Returns evaluation.json and the models that the sites evaluated, each as its number of aggregations.
     """
     context, asked = FLContext(), []
     workspace = SimpleNamespace(get_run_dir=lambda _: folder)
@@ -197,13 +197,13 @@ def test_the_best_model_is(tmp_path, case):
     assert evaluated == asked  # the sites test the best model only where it is not the last one
 
 
-def test_a_resumed_run_begins_with_a_trained_model(tmp_path):
+def test_a_resumed_run_starts_with_a_trained_model(tmp_path):
     report, evaluated = evaluate(tmp_path, [both(0.8), both(0.4)], both(0.6), first_round=2)
     assert (report["final"]["round"], report["best"]["round"], evaluated) == (4, 2, [4, 2])
 
 
-def test_two_models_are_compared_by_the_sites_that_validated_both(tmp_path):
-    """Without the site that finds it hard, the mean of the last model is higher, though it is the worse one."""
+def test_two_models_are_compared_on_the_sites_that_validated_both(tmp_path):
+    """Without the hardest site, the last model has the higher mean although it is worse."""
     rounds = [
         {"site-1": 0.1, "site-2": 0.1, "site-3": 0.1},
         {"site-1": 0.9, "site-2": 0.8, "site-3": 0.1},
@@ -220,6 +220,6 @@ def test_the_record_of_a_round_has_what_each_site_reported(tmp_path):
     assert record["sites"]["site-2"] == {"metrics": {"val_acc": 0.75}, "train": 9, "val": 5}
 
 
-def test_an_evaluation_by_half_of_the_sites_ends_the_run(tmp_path):
+def test_an_evaluation_by_only_half_of_the_sites_ends_the_run(tmp_path):
     with pytest.raises(RunError, match="final evaluation: 2 of 4 sites sent a usable answer"):
         evaluate(tmp_path, [both(0.1)], both(0.2), n_sites=4)

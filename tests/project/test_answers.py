@@ -1,4 +1,4 @@
-"""What the server does with a site's answer: it does not trust it."""
+"""The server's checks on answers: it trusts no site."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ IMAGES = {"site-1": {"train": 8, "val": 2, "test": 3}}
 
 
 class Server:
-    """As much of NVFlare's server as a check sees."""
+    """The parts of NVFlare's server that AnswerCheck uses."""
 
     def __init__(self, folder, algorithm="fedavg", images=IMAGES):
         self.folder = folder
@@ -52,7 +52,7 @@ class Server:
         self.check.handle_event(event, self.context())
 
     def receive(self, answer: Shareable, site="site-1", task="train") -> str | None:
-        """Why an answer is rejected; None if it is not."""
+        """The reason for rejecting an answer, or None."""
         before = self.rejected()
         context = self.context(site, task)
         context.set_prop(FLContextKey.TASK_RESULT, answer, private=True, sticky=False)
@@ -60,7 +60,7 @@ class Server:
         new = self.rejected()[len(before) :]
         if not new:
             return None
-        assert from_shareable(answer).data == {}  # nothing of it is left
+        assert from_shareable(answer).data == {}  # it was emptied
         assert (new[0]["site"], new[0]["task"]) == (site, task)
         return new[0]["reason"]
 
@@ -76,91 +76,91 @@ def server(tmp_path):
 
 def trained(weights=WEIGHTS, metrics=METRICS, round_=0, kind=DataKind.WEIGHTS, **meta) -> Shareable:
     """A site's answer after training, as client.py sends it."""
-    told = {MetaKey.NUM_STEPS_CURRENT_ROUND: 8, "val_images": 2, **meta, MetaKey.INITIAL_METRICS: metrics}
-    answer = DXO(kind, data=weights, meta=told).to_shareable()
+    sent = {MetaKey.NUM_STEPS_CURRENT_ROUND: 8, "val_images": 2, **meta, MetaKey.INITIAL_METRICS: metrics}
+    answer = DXO(kind, data=weights, meta=sent).to_shareable()
     answer.set_header(AppConstants.CURRENT_ROUND, round_)
     return answer
 
 
 def evaluated(**metrics) -> Shareable:
     """A site's answer after an evaluation."""
-    told = {"val_images": 2, "test_images": 3, "val_acc": 0.5, "test_acc": 0.5, **metrics}
-    return DXO(DataKind.METRICS, data=told).to_shareable()
+    sent = {"val_images": 2, "test_images": 3, "val_acc": 0.5, "test_acc": 0.5, **metrics}
+    return DXO(DataKind.METRICS, data=sent).to_shareable()
 
 
 def changed(**tensors) -> dict:
     return {**WEIGHTS, **tensors}
 
 
-def test_a_sound_answer_passes_as_it_is(server):
+def test_a_valid_answer_is_accepted_unchanged(server):
     server = server()
     answer = trained(own_meta="text")
     assert server.receive(answer) is None
     assert from_shareable(answer).data == WEIGHTS and from_shareable(answer).meta["own_meta"] == "text"
     assert server.receive(evaluated(**{"holds cat": 4, "holds dog": 0}), task="validate") is None
-    assert server.receive(trained(metrics={"f1": float("nan"), **METRICS})) is None  # of one metric of the user's
+    assert server.receive(trained(metrics={"f1": float("nan"), **METRICS})) is None  # the user's own metric may be NaN
 
 
 NAN = np.array([[1, 2, np.nan], [4, 5, 6]], dtype=np.float32)
 COUNT = MetaKey.NUM_STEPS_CURRENT_ROUND
-UNSOUND = {
+INVALID = {
     "a weight that is not a number": (trained(changed(w=NAN)), "tensor w is not finite"),
     "an infinite weight": (trained(changed(w=NAN * np.inf)), "tensor w is not finite"),
     "a shape that would be broadcast": (trained(changed(w=WEIGHTS["w"][:1])), "tensor w has shape (1, 3), not (2, 3)"),
     "a larger shape": (trained(changed(w=np.ones((4, 3), np.float32))), "tensor w has shape (4, 3), not (2, 3)"),
     "another dtype": (trained(changed(w=WEIGHTS["w"].astype(np.float64))), "tensor w is float64, not float32"),
-    "a foreign tensor": (trained(changed(extra=np.ones(2))), "tensor extra is not part of the model"),
+    "a tensor that the model lacks": (trained(changed(extra=np.ones(2))), "tensor extra is not part of the model"),
     "a missing tensor": (trained({"w": WEIGHTS["w"]}), "tensor n is missing"),
-    "text for a tensor": (trained(changed(w="weights")), "w is not a tensor"),
+    "text instead of a tensor": (trained(changed(w="weights")), "w is not a tensor"),
     "no weights": (trained({}), "tensor n is missing"),
-    "a change for weights": (trained(kind=DataKind.WEIGHT_DIFF), "its data kind is not WEIGHTS"),
+    "differences instead of weights": (trained(kind=DataKind.WEIGHT_DIFF), "its data kind is not WEIGHTS"),
     "an answer to another round": (trained(round_=3), "it is for round 3, not 0"),
     "more images than announced": (
         trained(**{COUNT: 10**12}),
         "its number of train images is 1000000000000, which is not within 1 to 1000000000",
     ),
-    "a few more than announced": (
+    "one more image than announced": (
         trained(**{COUNT: 9}),
         "its number of train images is 9, which is more than the 8 announced at the start",
     ),
-    "no training image": (
+    "no training images": (
         trained(**{COUNT: 0}),
         "its number of train images is 0, which is not within 1 to 1000000000",
     ),
-    "images below zero": (trained(val_images=-10), "its number of val images is -10, which is not within 0"),
-    "text for a count": (trained(val_images="many"), "its number of val images is str, not a whole number"),
+    "a negative count": (trained(val_images=-10), "its number of val images is -10, which is not within 0"),
+    "text instead of a count": (trained(val_images="many"), "its number of val images is str, not a whole number"),
     "no count": (trained(val_images=None), "its number of val images is NoneType, not a whole number"),
-    "an accuracy beyond one": (trained(metrics={"val_acc": 1e9}), "val_acc is 1e+09, which is not within 0 to 1"),
-    "an accuracy that is no number": (trained(metrics={"val_acc": float("nan")}), "val_acc is not finite"),
+    "an accuracy above one": (trained(metrics={"val_acc": 1e9}), "val_acc is 1e+09, which is not within 0 to 1"),
+    "an accuracy that is NaN": (trained(metrics={"val_acc": float("nan")}), "val_acc is not finite"),
     "an infinite loss": (trained(metrics={"val_loss": float("inf")}), "val_loss is not finite"),
-    "text for a metric": (trained(metrics={"val_acc": "[/x]"}), "val_acc is str, not a number"),
+    "text instead of a metric": (trained(metrics={"val_acc": "[/x]"}), "val_acc is str, not a number"),
 }
 
 
-@pytest.mark.parametrize("fault", UNSOUND)
-def test_an_unsound_answer_to_training_is_rejected(server, fault):
-    answer, reason = UNSOUND[fault]
+@pytest.mark.parametrize("fault", INVALID)
+def test_an_invalid_training_answer_is_rejected(server, fault):
+    answer, reason = INVALID[fault]
     assert server().receive(answer).startswith(reason)
 
 
-UNSOUND_EVALUATIONS = {
-    "weights for metrics": (trained(), "its metrics are missing"),
+INVALID_EVALUATIONS = {
+    "weights instead of metrics": (trained(), "its metrics are missing"),
     "a negative count": (evaluated(val_images=-10), "its number of val images is -10"),
     "more test images than announced": (evaluated(test_images=4), "its number of test images is 4, which is more than"),
-    "a test accuracy beyond one": (evaluated(test_acc=2.0), "test_acc is 2, which is not within 0 to 1"),
-    "text for images of a class": (evaluated(**{"holds cat": "many"}), "holds cat is str, not a number"),
+    "a test accuracy above one": (evaluated(test_acc=2.0), "test_acc is 2, which is not within 0 to 1"),
+    "text instead of a class's count": (evaluated(**{"holds cat": "many"}), "holds cat is str, not a number"),
     "a fraction of an image": (evaluated(**{"holds cat": 0.5}), "holds cat is float, not a whole number"),
     "an unknown class": (evaluated(**{"holds [/x]": 1}), "it counts images of an unknown class '[/x]'"),
 }
 
 
-@pytest.mark.parametrize("fault", UNSOUND_EVALUATIONS)
-def test_an_unsound_answer_to_an_evaluation_is_rejected(server, fault):
-    answer, reason = UNSOUND_EVALUATIONS[fault]
+@pytest.mark.parametrize("fault", INVALID_EVALUATIONS)
+def test_an_invalid_evaluation_answer_is_rejected(server, fault):
+    answer, reason = INVALID_EVALUATIONS[fault]
     assert server().receive(answer, task="validate").startswith(reason)
 
 
-def test_fedopts_sites_send_their_change_and_nothing_else(server):
+def test_with_fedopt_sites_must_send_differences(server):
     server = server("fedopt")
     assert server.receive(trained(kind=DataKind.WEIGHT_DIFF)) is None
     assert server.receive(trained()) == "its data kind is not WEIGHT_DIFF"
@@ -170,7 +170,7 @@ def test_an_answer_in_another_format_is_rejected(server):
     assert server().receive(Shareable()).startswith("it cannot be checked (")
 
 
-def test_a_task_that_failed_is_noted_and_left_to_nvflare(server):
+def test_a_failed_task_is_recorded_and_left_to_nvflare(server):
     server, answer = server(), make_reply(ReturnCode.EXECUTION_EXCEPTION)
     context = server.context()
     context.set_prop(FLContextKey.TASK_RESULT, answer, private=True, sticky=False)
@@ -188,12 +188,12 @@ def test_a_task_that_failed_is_noted_and_left_to_nvflare(server):
         ({"x": CONTROLS["w"]}, "tensor x is not part of the model"),
     ],
 )
-def test_scaffolds_control_variates_are_checked_as_well(server, controls, reason):
+def test_control_variates_of_scaffold_are_checked(server, controls, reason):
     answer = trained(**{AlgorithmConstants.SCAFFOLD_CTRL_DIFF: controls})
     assert server("scaffold").receive(answer) == reason
 
 
-def test_an_unknown_site_announces_its_images_with_its_first_answer(server):
+def test_a_new_site_reports_its_image_counts_with_its_first_answer(server):
     server = server(images=None)
     assert server.receive(trained(**{COUNT: 500}), site="north") is None
     server.fire(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE)
@@ -203,7 +203,7 @@ def test_an_unknown_site_announces_its_images_with_its_first_answer(server):
     assert server.rejected()[0]["round"] == 1
 
 
-def test_a_global_model_that_is_not_finite_ends_the_run_and_the_one_before_is_kept(server, tmp_path):
+def test_a_global_model_that_is_not_finite_ends_the_run_and_keeps_the_one_before(server, tmp_path):
     server = server()
     server.fire(AppEventType.AFTER_SHAREABLE_TO_LEARNABLE)
     server.model = changed(w=NAN)
@@ -221,7 +221,7 @@ def result(site: str, weights=WEIGHTS) -> FLModel:
 
 @pytest.mark.parametrize(("n_left", "is_enough"), [(3, True), (2, False), (0, False)])
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
-def test_a_round_needs_usable_answers_of_more_than_half_of_the_sites(server, tmp_path, algorithm, n_left, is_enough):
+def test_a_round_needs_usable_answers_from_more_than_half_of_the_sites(server, tmp_path, algorithm, n_left, is_enough):
     server = server(images=None)
     results = [result(f"site-{k + 1}", WEIGHTS if k < n_left else {}) for k in range(4)]
     for k in range(n_left, 4):

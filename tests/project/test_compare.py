@@ -1,4 +1,4 @@
-"""compare.py on digits, in this process: what it trains on, what it measures, what it refuses."""
+"""compare.py on digits, in this process: what it trains on, what it measures, what it rejects."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ from federation.launch.distribution import describe
 from federation.run import schema
 from federation.run.folder import RunFolder
 
-ACCURACY = 0.5  # of the global model, as these tests have it
+ACCURACY = 0.5  # of the global model in these tests
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, options):
-    """run(**changes): the folder of a run, with the files that job.py leaves there, and its result."""
+    """run(**changes): the folder of a run, with the files that job.py writes, and its result."""
     monkeypatch.setattr("federation.run.folder.RUNS", tmp_path)
 
     def make(**changes):
@@ -68,20 +68,20 @@ def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
     ]
     rows = json.loads((folder / "compare.json").read_text())["rows"]
     for key, title in compare.ROWS.items():
-        figures = [rows[key]["all"], *rows[key]["sites"].values()]
+        values = [rows[key]["all"], *rows[key]["sites"].values()]
         line = next(line for line in out.splitlines() if line.startswith(f"{title}  "))
-        assert line.removeprefix(title).split() == [f"{value:.3f}" for value in figures]
+        assert line.removeprefix(title).split() == [f"{value:.3f}" for value in values]
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert f"Federated minus centralized: {ACCURACY - rows['centralized']['all']:+.3f}" in out
 
 
-def test_the_same_run_gives_the_same_figures(run):
+def test_results_are_reproducible(run):
     folder, result = run()
     assert compare.compare(RunFolder(folder), result) == compare.compare(RunFolder(folder), result)
 
 
-def test_every_mean_is_that_of_the_federated_figure(run):
-    """Sites count by their test images, so that the pooled test images are counted once each."""
+def test_every_mean_is_weighted_like_the_federated_one(run):
+    """By test images, so that each pooled test image counts once."""
     folder, result = run(n_clients=3, partition="dirichlet", alpha=0.3)
     images = {site: test["images"] for site, test in result["test"]["sites"].items()}
     assert len(set(images.values())) > 1
@@ -93,43 +93,43 @@ def test_every_mean_is_that_of_the_federated_figure(run):
     assert rows["federated"] == {"all": ACCURACY, "sites": dict.fromkeys(images, ACCURACY)}
 
 
-def test_a_site_alone_knows_only_its_own_classes(run):
-    """With a shard of few classes each, a site is good on its own test images and poor on everyone's."""
+def test_a_site_alone_learns_only_its_own_classes(run):
+    """With few classes each, a site does well on its own test images and poorly on all."""
     folder, result = run(partition="shards", shards_per_site=1, local_epochs=5)
     rows = compare.compare(RunFolder(folder), result)["rows"]
     assert rows["alone"]["all"] > rows["alone_on_all"]["all"] + 0.2
     assert max(rows["alone_on_all"]["sites"].values()) < 0.65  # five or six of ten classes
 
 
-def test_rounds_and_local_epochs_are_one_budget(run):
+def test_the_budget_is_rounds_times_local_epochs(run):
     folder, result = run(num_rounds=2, local_epochs=1)
     turned = {**result, "num_rounds": 1, "local_epochs": 2, "rounds": result["rounds"][:2]}
     assert compare.compare(RunFolder(folder), result) == compare.compare(RunFolder(folder), turned)
 
 
-def test_the_rounds_that_were_trained_count_and_not_those_that_were_asked_for(run):
+def test_only_finished_rounds_count(run):
     folder, result = run(num_rounds=3)
     assert compare.compare(RunFolder(folder), {**result, "rounds": result["rounds"][:2]})["epochs"] == 1
 
 
-def test_the_runs_that_led_to_a_model_are_one_budget(run):
-    """One epoch, then three: what the last run did per round says nothing of the first."""
+def test_the_budget_includes_the_runs_that_were_resumed(run):
+    """One epoch, then three: the runs can differ."""
     stage = {"batch_size": 16, "learning_rate": 0.01}
     stages = [{"rounds": 1, "local_epochs": 1, **stage}, {"rounds": 1, "local_epochs": 3, **stage}]
     folder, result = run(num_rounds=2, local_epochs=3)
     assert compare.compare(RunFolder(folder), {**result, "stages": stages})["epochs"] == 4
 
 
-def test_a_run_that_changed_its_learning_rate_on_the_way_is_refused(run, program):
+def test_a_run_resumed_with_a_different_learning_rate_is_rejected(run, program):
     folder, result = run()
     stage = {"rounds": 1, "local_epochs": 1, "batch_size": 16}
     stages = [{**stage, "learning_rate": 0.01}, {**stage, "learning_rate": 0.1}]
     (folder / "results.json").write_text(json.dumps({**result, "stages": stages}))
     message = "runs/first was resumed with a different --learning_rate (0.01, 0.1): choose a run that kept it"
-    assert message in refused(program, folder, "first")
+    assert message in rejected(program, folder, "first")
 
 
-def test_the_baselines_have_the_threads_of_the_sites(run, monkeypatch):
+def test_the_baselines_use_as_many_threads_as_the_sites(run, monkeypatch):
     asked: list[int] = []
     monkeypatch.setattr("torch.set_num_threads", asked.append)
     folder, result = run(n_clients=1)
@@ -137,13 +137,13 @@ def test_the_baselines_have_the_threads_of_the_sites(run, monkeypatch):
     assert asked == [3]
 
 
-def test_a_run_of_few_batches_is_compared_with_few_batches(run, capsys):
+def test_the_baselines_respect_max_batches(run, capsys):
     folder, result = run()
     compare.compare(RunFolder(folder), {**result, "max_batches": 4})
     assert "centralized: trained on 1149 images, epochs: 1, steps: 4, " in capsys.readouterr().out
 
 
-def test_a_site_without_test_images_has_no_figure(capsys):
+def test_a_site_without_test_images_has_a_dash(capsys):
     def row(first, all_sites):
         return {"all": all_sites, "sites": {"site-1": first, "site-2": None}}
 
@@ -155,7 +155,7 @@ def test_a_site_without_test_images_has_no_figure(capsys):
 
 
 @pytest.mark.parametrize("n_sites", [2, 8, 20, 100])
-def test_its_table_has_the_sites_that_fit_and_the_worst(capsys, monkeypatch, n_sites):
+def test_its_table_has_the_sites_that_fit_and_the_worst_one(capsys, monkeypatch, n_sites):
     monkeypatch.setenv("COLUMNS", "80")
     row = {"all": 0.5, "sites": {f"site-{i}": 1 - i / 1000 for i in range(1, n_sites + 1)}}
     compare.show({"epochs": 1, "model_class": "LitNet", "rows": dict.fromkeys(compare.ROWS, row)})
@@ -175,7 +175,7 @@ def test_its_plot_shows_sites_without_test_images(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
-def test_ctrl_c_in_training_leaves_nothing(run, program, monkeypatch):
+def test_ctrl_c_during_training_leaves_nothing_behind(run, program, monkeypatch):
     import model
 
     def interrupted(*_):
@@ -192,7 +192,7 @@ def test_ctrl_c_in_training_leaves_nothing(run, program, monkeypatch):
     assert not list(folder.glob("compare.*"))
 
 
-def refused(program, folder, *arguments) -> str:
+def rejected(program, folder, *arguments) -> str:
     code, out, err = program(*arguments)
     assert (code, out) == (2, "")
     assert re.fullmatch(r"compare.py: .*\n", err)
@@ -200,53 +200,53 @@ def refused(program, folder, *arguments) -> str:
     return err
 
 
-def test_no_run_is_refused(run, program, tmp_path):
-    assert "latest/results.json does not exist: finish a run with python job.py" in refused(program, tmp_path)
-    assert "other/results.json does not exist" in refused(program, tmp_path, "other")
+def test_a_missing_run_is_rejected(run, program, tmp_path):
+    assert "latest/results.json does not exist: finish a run with python job.py" in rejected(program, tmp_path)
+    assert "other/results.json does not exist" in rejected(program, tmp_path, "other")
 
 
-def test_a_run_of_real_sites_is_refused(run, program):
+def test_a_run_of_real_sites_is_rejected(run, program):
     folder, result = run()
     (folder / "results.json").write_text(json.dumps({**result, "env": "prod"}))
-    assert "runs/first used images that stay at its sites" in refused(program, folder, "first")
+    assert "runs/first used images that stay at its sites" in rejected(program, folder, "first")
 
 
-def test_an_unfinished_run_is_refused(run, program):
+def test_an_unfinished_run_is_rejected(run, program):
     folder, _ = run()
     (folder / "results.json").unlink()
-    assert "first/results.json does not exist: finish a run with python job.py" in refused(
+    assert "first/results.json does not exist: finish a run with python job.py" in rejected(
         program, folder, "runs/first/"
     )
 
 
-def test_a_run_whose_images_are_gone_is_refused(run, program, tmp_path):
+def test_a_run_whose_images_are_gone_is_rejected(run, program, tmp_path):
     folder, result = run()
     (folder / "results.json").write_text(json.dumps({**result, "dataset": "image_folder"}))
     gone = str(tmp_path / "gone")
-    assert gone in refused(program, folder, "first", "--data_root", gone)
+    assert gone in rejected(program, folder, "first", "--data_root", gone)
 
 
-def test_images_are_looked_for_where_the_run_had_them(run, program, tmp_path):
+def test_images_are_expected_where_the_run_had_them(run, program, tmp_path):
     folder, result = run()
     there = str(tmp_path / "there")
     changed = {**result, "dataset": "image_folder", "data_root": there}
     (folder / "results.json").write_text(json.dumps(changed))
-    assert there in refused(program, folder, "first")
+    assert there in rejected(program, folder, "first")
 
 
-def test_a_run_whose_images_have_changed_is_refused(run, program):
+def test_a_run_whose_images_have_changed_is_rejected(run, program):
     folder, _ = run()
     partition = json.loads((folder / "partition.json").read_text())
     partition["sites"]["site-1"]["train"].pop()
     (folder / "partition.json").write_text(json.dumps(partition))
-    assert "the images differ from those of runs/first" in refused(program, folder, "first")
+    assert "the images differ from those of runs/first" in rejected(program, folder, "first")
 
 
-def test_a_run_of_a_model_that_is_gone_is_refused(run, program):
+def test_a_run_of_a_deleted_model_is_rejected(run, program):
     folder, result = run()
     (folder / "results.json").write_text(json.dumps({**result, "model_class": "LitOld"}))
-    assert "LitOld, which is no longer in model.py" in refused(program, folder, "first")
+    assert "LitOld, which is no longer in model.py" in rejected(program, folder, "first")
 
 
-def test_a_wrong_flag_is_refused(program, tmp_path):
-    assert "python compare.py --help lists the flags" in refused(program, tmp_path, "--rounds", "2")
+def test_a_wrong_flag_is_rejected(program, tmp_path):
+    assert "python compare.py --help lists the flags" in rejected(program, tmp_path, "--rounds", "2")

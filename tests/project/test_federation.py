@@ -1,4 +1,4 @@
-"""Whole federations, run as a user runs them. The first one is in the fast tier, the others are slow."""
+"""Whole federations, run as a user runs them. The first one is in the fast tier; the others are slow."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from programs import PROJECT, Project
 from settings import Options
 from trainer import make_model, n_images
 
-LOG = (  # what NVFlare and client.py say in the course of a run
+LOG = (  # lines of NVFlare and client.py in the log of a run
     "Start FedAvg.",
     "Round 0 started.",
     "Sampled clients: ['site-1', 'site-2', 'site-3']",
@@ -31,7 +31,7 @@ LOG = (  # what NVFlare and client.py say in the course of a run
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, shared_cache) -> Project:
-    """A federation on digits: 3 sites of unlike classes, 2 rounds."""
+    """A federation on digits: 3 non-IID sites, 2 rounds."""
     project = Project(tmp_path_factory.mktemp("finished") / "project")
     flags = ["--n_clients", "3", "--num_rounds", "2", "--partition", "dirichlet", "--alpha", "1"]
     run = project.run("job.py", "--dataset", "digits", "--name", "first", *flags)
@@ -74,14 +74,14 @@ class TestAFinishedRun:
         losses = [entry["loss"] for entry in finished.result["rounds"]]
         assert losses == sorted(losses, reverse=True)
 
-    def test_keeps_who_holds_what(self, finished):
+    def test_records_the_data_distribution(self, finished):
         partition = self.partition(finished)
         held = {site: len(own["train"]) + len(own["val"]) for site, own in partition["sites"].items()}
         assert held == {site: sum(counts.values()) for site, counts in partition["counts"].items()}
         assert sum(held.values()) == 1437
 
     @pytest.mark.parametrize("which", ["final", "best"])
-    def test_keeps_models_that_score_what_the_file_says(self, finished, which):
+    def test_keeps_models_with_the_reported_accuracy(self, finished, which):
         from data import SiteDataModule
 
         options = Options.of({**finished.result, "classes": self.partition(finished)["classes"]})
@@ -98,7 +98,7 @@ class TestAFinishedRun:
             assert n_images(data, "test") == test["images"]
             assert sum(right) / test["images"] == pytest.approx(test["accuracy"])
 
-    def test_calls_that_model_the_best_which_validates_best(self, finished):
+    def test_picks_the_best_model_by_validation_accuracy(self, finished):
         _, *trained = finished.result["rounds"]
         best = max(trained, key=lambda entry: (entry["accuracy"], entry["round"]))
         assert finished.result["best"]["round"] == best["round"]
@@ -108,7 +108,7 @@ class TestAFinishedRun:
         assert test["sites"][test["worst"]]["accuracy"] == min(site["accuracy"] for site in test["sites"].values())
         assert sum(site["images"] for site in test["sites"].values()) == 360
 
-    def test_sent_to_server_and_sites_only_these_files(self, finished):
+    def test_sent_only_these_files_to_server_and_sites(self, finished):
         job = self.folder(finished) / "job"
         assert sorted(path.relative_to(job).as_posix() for path in job.rglob("*") if path.is_file()) == [
             "app/config/config_fed_client.json",
@@ -147,16 +147,16 @@ class TestAFinishedRun:
         assert len(lines) <= 25
         assert "Accuracy of the global model (digits, dirichlet)" in lines
 
-    def test_keeps_nvflares_log_with_all_that_happened(self, finished):
+    def test_keeps_the_complete_nvflare_log(self, finished):
         log = (self.folder(finished) / "log.txt").read_text()
         for words in LOG:
             assert words in log, words
         assert LOG[0] not in finished.screen
 
-    def test_leaves_no_event_file_without_a_tracker(self, finished):
+    def test_writes_no_event_files_without_a_tracker(self, finished):
         assert list(finished.folder.rglob("*tfevents*")) == []
 
-    def test_is_the_newest_and_can_be_shown_again(self, finished):
+    def test_is_the_latest_and_can_be_shown_again(self, finished):
         assert (finished.folder / "runs" / "latest").resolve().name == "first"
         shown = finished.run("results.py").stdout
         assert "final test" in shown and "Images per site and class" in shown
@@ -187,7 +187,7 @@ class TestAFinishedRun:
         assert 0 < spans[0] < finished.result["wall_s"]
         assert all(seconds > 0 for kinds in timing.values() for seconds in kinds.values())
 
-    def test_has_a_receipt_of_all_that_left_the_sites(self, finished):
+    def test_has_an_audit_log_of_all_that_left_the_sites(self, finished):
         records = [json.loads(line) for line in (self.folder(finished) / "audit.jsonl").read_text().splitlines()]
         final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
         weights = {name: (list(tensor.shape), tensor.nbytes) for name, tensor in final.items()}
@@ -206,18 +206,18 @@ class TestAFinishedRun:
             counts = {"val_images", "test_images"}
             assert set(record["metrics"]) == {"val_acc", "val_loss", "test_acc", "test_loss"} | counts
 
-    def test_has_a_page_whose_matrix_is_what_the_sites_reported(self, finished):
+    def test_has_a_page_whose_matrix_matches_the_sites_reports(self, finished):
         written = finished.run("results.py", "first", "--html")
         assert written.returncode == 0, written.stderr
         page = (self.folder(finished) / "report.html").read_text(encoding="utf-8")
         assert written.stdout == f"{(self.folder(finished) / 'report.html').resolve()}\n"
         accuracy = finished.result["test"]["accuracy"]
-        assert f"Confusion matrix of all sites: {accuracy:.3f} of 360 test images are on the diagonal" in page
+        assert f"Confusion matrix of all sites: accuracy {accuracy:.3f} on 360 test images" in page
         assert ", but all sites reported" not in page
         assert "Timeline of each site" in page
         assert "Every tensor matches a weight of the final model by name and shape" in page
 
-    def test_can_be_compared_with_no_federation_and_without_nvflare(self, finished):
+    def test_can_be_compared_without_nvflare(self, finished):
         program = (
             "import runpy, sys; sys.argv = ['compare.py']; sys.path.insert(0, '.'); sys.modules['nvflare'] = None\n"
             "runpy.run_path('compare.py', run_name='__main__')\n"
@@ -244,14 +244,14 @@ class TestAFinishedRun:
 
 
 def keys_documented(text: str) -> set[str]:
-    """The names in the first column of the table of results.json."""
+    """The names in the first column of the README's table of results.json."""
     table = text[text.index("| key | what |") :].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()][2:]
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 @pytest.mark.slow
-def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
+def test_an_exception_at_a_site_ends_the_job_with_that_error(project):
     project.replace("model.py", "loss = criterion(outputs, labels)", 'raise RuntimeError("boom at the site")')
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 1
@@ -263,7 +263,7 @@ def test_a_client_that_raises_ends_the_job_with_its_own_error(project):
 
 
 @pytest.mark.slow
-def test_other_data_and_another_model_need_no_other_change(project):
+def test_data_and_model_can_be_replaced_without_other_changes(project):
     for name in ("data.py", "model.py"):
         (project.folder / name).write_text((PROJECT / "tests" / "tabular" / name).read_text())
     run = project.run("job.py", "--num_rounds", "3", "--name", "table")
@@ -273,7 +273,7 @@ def test_other_data_and_another_model_need_no_other_change(project):
     page = project.run("results.py", "table", "--html")
     assert page.returncode == 0, page.stderr
     report = (project.folder / "runs" / "table" / "report.html").read_text(encoding="utf-8")
-    assert f"Confusion matrix of all sites: {result['test']['accuracy']:.3f} of " in report
+    assert f"Confusion matrix of all sites: accuracy {result['test']['accuracy']:.3f} on " in report
     assert "malignant" in report
     compared = project.run("compare.py")
     assert (compared.returncode, compared.stderr) == (0, "")
@@ -284,7 +284,7 @@ def test_other_data_and_another_model_need_no_other_change(project):
 
 
 @pytest.mark.slow
-def test_the_federation_of_one_site_in_one_round_is_that_site_alone(project):
+def test_one_site_and_one_round_equal_local_training(project):
     flags = ["--n_clients", "1", "--num_rounds", "1", "--local_epochs", "3"]
     run = project.run("job.py", "--dataset", "digits", "--name", "one", *flags)
     assert run.returncode == 0, run.stderr
@@ -295,7 +295,7 @@ def test_the_federation_of_one_site_in_one_round_is_that_site_alone(project):
 
 
 @pytest.mark.slow
-def test_another_model_of_model_py_is_trained_where_it_is_named(project):
+def test_another_model_of_model_py_can_be_trained(project):
     run = project.run("job.py", "--check", "--dataset", "digits", "--model", "LitResNet", "--name", "res")
     assert run.returncode == 0, run.stderr
     result = json.loads((project.folder / "runs" / "res" / "results.json").read_text())
@@ -305,7 +305,7 @@ def test_another_model_of_model_py_is_trained_where_it_is_named(project):
 
 
 @pytest.mark.slow
-def test_every_site_can_have_a_folder_of_its_own(project, tmp_path):
+def test_every_site_can_have_its_own_folder(project, tmp_path):
     from PIL import Image
 
     random = np.random.RandomState(0)
@@ -337,7 +337,7 @@ def test_the_check_falls_back_to_digits(project):
 
 
 @pytest.mark.slow
-def test_the_check_does_not_pass_where_training_changes_nothing(project):
+def test_the_check_fails_if_training_changes_nothing(project):
     project.replace("model.py", "lr=self.options.learning_rate", "lr=0.0")
     run = project.run("job.py", "--check", "--dataset", "digits")
     assert run.returncode == 1

@@ -1,4 +1,4 @@
-"""What is written and read: JSON, a run's folder, what its processes announce, NVFlare's logs."""
+"""Files: JSON, a run's folder, progress files, NVFlare's logs."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from federation.run import timing
 from federation.run.folder import RunFolder
 
 
-def test_a_number_that_json_does_not_know_becomes_null(tmp_path):
+def test_a_number_that_json_lacks_becomes_null(tmp_path):
     value = {"loss": float("nan"), "all": [1.5, float("inf")], "nested": {"worst": -float("inf")}, "text": "NaN"}
     expected = {"loss": None, "all": [1.5, None], "nested": {"worst": None}, "text": "NaN"}
     write_json(tmp_path / "file.json", value)
@@ -23,7 +23,7 @@ def test_a_number_that_json_does_not_know_becomes_null(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_json, save_tensors])
-def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch, write):
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path, monkeypatch, write):
     file = tmp_path / "file"
     write(file, {"w": 1})
     before = file.read_bytes()
@@ -38,19 +38,19 @@ def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_value_that_is_no_json_leaves_no_file(tmp_path):
+def test_a_value_that_is_not_json_leaves_no_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "file.json", {"w": torch.ones(1)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_line_that_is_still_being_written_is_not_read(tmp_path):
+def test_an_incomplete_line_is_not_read(tmp_path):
     assert read_json_lines(tmp_path / "none.jsonl") == []
     (tmp_path / "lines.jsonl").write_text('{"round": 0}\n{"rou')
     assert read_json_lines(tmp_path / "lines.jsonl") == [{"round": 0}]
 
 
-def test_a_file_that_grows_is_read_once(tmp_path):
+def test_a_growing_file_is_read_only_once(tmp_path):
     file = tmp_path / "lines.jsonl"
     lines = JsonLines(file)
     assert lines.read() == []
@@ -70,13 +70,13 @@ def runs(tmp_path, monkeypatch):
 
 
 class TestARun:
-    def test_has_a_new_folder_which_nvflare_can_bundle_from(self, runs):
+    def test_has_a_new_folder_with_a_relative_path(self, runs):
         named, dated, again = (RunFolder.create(name) for name in ("first", None, None))
         assert named.path == runs.relative_to(runs.parent) / "first"
         assert len({named.name, dated.name, again.name}) == 3
         assert all(run.path.is_dir() for run in (named, dated, again))
 
-    def test_replaces_another_one_only_where_that_is_asked_for(self, runs):
+    def test_replaces_another_one_only_on_request(self, runs):
         RunFolder.create("first").log.touch()
         with pytest.raises(UserError, match="^runs/first exists: choose another --name, or add --overwrite"):
             RunFolder.create("first")
@@ -97,7 +97,7 @@ class TestARun:
             assert RunFolder.find(name).name == found
 
     @pytest.mark.parametrize("name", ["nowhere", "unfinished", "runs/unfinished/file"])
-    def test_without_a_result_is_refused_in_one_line(self, runs, name):
+    def test_without_a_result_is_rejected_in_one_line(self, runs, name):
         (RunFolder.create("unfinished").path / "file").touch()
         with pytest.raises(UserError, match=r"^/.*/results.json does not exist: finish a run with python job.py$"):
             RunFolder.find(name)
@@ -123,7 +123,7 @@ WORK = [
 FINAL = [(15.0, "evaluating"), (15.75, "waiting")]
 
 
-class TestTheTime:
+class TestTiming:
     """The server starts at 1000 s and is done at 1030 s."""
 
     @pytest.fixture
@@ -144,7 +144,7 @@ class TestTheTime:
         write("site-10", [*WORK, *FINAL])
         return write
 
-    def test_is_that_of_the_phases_that_were_announced(self, run, announce):
+    def test_follows_the_recorded_phases(self, run, announce):
         append_json(run.progress("site-2"), {"time": 1026.0, "step": 1, "steps": 2, "speed": 0.5})
         found = timing.phases(run)
         assert list(found) == ["site-2", "site-10"]
@@ -161,20 +161,20 @@ class TestTheTime:
         sums = timing.totals(found)
         assert sums and sums["site-2"] == {"start": 10.0, "computing": 8.25, "evaluating": 4.0, "waiting": 7.75}
 
-    def test_of_a_process_that_starts_again_is_start_again(self, run, announce):
+    def test_counts_a_restart_as_start(self, run, announce):
         announce("site-2", [*WORK, (13.0, "starting"), *FINAL])
         assert (23.0, 25.0, "start") in timing.phases(run)["site-2"]
 
-    def test_never_runs_backwards_where_a_clock_is_ahead(self, run, announce):
+    def test_never_runs_backwards_if_a_clock_is_ahead(self, run, announce):
         announce("site-2", [*WORK, *FINAL], start=1025.0)
         spans = timing.phases(run)["site-2"]
         assert all(0 <= start <= end <= 30 for start, end, _ in spans)
 
-    def test_ends_with_the_last_that_was_announced_where_the_server_did_not_end(self, run, announce):
+    def test_ends_with_the_last_record_if_the_server_did_not_finish(self, run, announce):
         announce("server", [(-10, "starting")])
         assert timing.phases(run)["site-2"][-1] == (25.75, 25.75, "waiting")
 
-    def test_is_unknown_where_something_was_not_announced(self, run, announce):
+    def test_is_unknown_if_records_are_missing(self, run, announce):
         announce("site-2", WORK[:-1])
         assert timing.phases(run) == {}
         assert timing.totals({}) is None
@@ -211,7 +211,7 @@ class TestNVFlaresLog:
         assert lines[0] == "site-2 failed: ZeroDivisionError: by zero (model.py, line 7)"
         assert lines[1:] == ["  model.py, line 7, in training_step: return images / 0"]
 
-    def test_has_no_cause_where_the_server_ended_the_run(self, tmp_path, write):
+    def test_names_no_site_if_the_server_ended_the_run(self, tmp_path, write):
         write("server", FAULT.format(second=0, site="server", error="federation.errors.RunError: not finite"))
         assert root_cause(tmp_path) == ""
 
@@ -220,7 +220,7 @@ class TestNVFlaresLog:
         assert dead_client(write("server", "nothing\n")) is None
         assert dead_client(write("server", "ERROR - Subprocess died for client site-2, exit code: 1\n")) == "site-2"
 
-    def test_tells_the_end_of_the_servers_work(self, write):
+    def test_shows_when_the_server_has_stopped(self, write):
         assert not has_stopped(write("server", "a line\n" * 10_000))
         assert has_stopped(write("server", "a line\n" * 10_000 + "Server app stopped.\n" + "a line\n" * 100))
 

@@ -1,4 +1,4 @@
-"""What is collected from a finished run's workspace, whoever took part."""
+"""What is collected from a finished run's workspace."""
 
 import json
 
@@ -38,7 +38,7 @@ def reports(run, sites):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of one round, as NVFlare's server and FinalEvaluation leave it."""
+    """A run of one round, as written by NVFlare's server and FinalEvaluation."""
     server = RunFolder(tmp_path).server
     server.mkdir(parents=True)
     metrics = {"val_acc": 0.1, "val_loss": 2.3}
@@ -50,7 +50,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_sites_count_by_their_images(run):
+def test_means_are_weighted_by_images(run):
     collected = collect(run, 1, list(REPORTS))
     assert [entry["accuracy"] for entry in collected["rounds"]] == pytest.approx([0.1, (0.5 * 10 + 0.9 * 30) / 40])
     assert collected["rounds"][1]["loss"] == pytest.approx((2.0 * 10 + 1.0 * 30) / 40)
@@ -59,25 +59,25 @@ def test_sites_count_by_their_images(run):
     assert list(collected["test"]["sites"]) == ["site-2", "site-10"]
 
 
-def test_a_site_that_took_no_part_is_named(run):
+def test_a_lost_site_is_named(run):
     assert collect(run, 1, list(REPORTS))["lost"] == []
     assert collect(run, 1, [*REPORTS, "site-3"], env="prod")["lost"] == ["site-3"]
     with pytest.raises(RunError, match="site-3 did not evaluate the final model"):
         collect(run, 1, [*REPORTS, "site-3"])
 
 
-def test_rounds_that_are_missing_are_a_fault(run):
+def test_missing_rounds_are_an_error(run):
     with pytest.raises(RunError, match="only 1 of 2 rounds finished"):
         collect(run, 2, list(REPORTS))
 
 
-def test_a_run_without_a_final_evaluation_is_a_fault(run):
+def test_a_missing_final_evaluation_is_an_error(run):
     (RunFolder(run).server / "evaluation.json").unlink()
     with pytest.raises(RunError, match="no site evaluated the final model"):
         collect(run, 1, list(REPORTS))
 
 
-def test_a_model_that_logs_no_accuracy_has_a_result_without_one(run):
+def test_a_model_without_an_accuracy_has_a_result(run):
     reports(run, {site: {"val_images": 5, "test_images": 5, "test_loss": 1.5} for site in REPORTS})
     collected = collect(run, 1, list(REPORTS))
     assert (collected["test"]["accuracy"], collected["test"]["loss"], collected["test"]["worst"]) == (None, 1.5, None)
@@ -85,13 +85,13 @@ def test_a_model_that_logs_no_accuracy_has_a_result_without_one(run):
     assert collected["rounds"][1]["missing"] == []
 
 
-def test_one_accuracy_that_is_missing_is_not_the_worst(run):
+def test_a_missing_accuracy_is_not_the_worst(run):
     some = {"site-2": REPORTS["site-2"], "site-10": {"val_images": 5, "test_images": 5}}
     reports(run, some)
     assert collect(run, 1, list(REPORTS))["test"]["worst"] == "site-2"
 
 
-def test_a_round_says_which_sites_its_means_do_not_cover(run):
+def test_a_round_lists_the_sites_missing_from_its_means(run):
     sites = {"site-2": {"metrics": {"val_acc": 0.1}, "train": 40, "val": 30}}
     write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.1}, "sites": sites, "rejected": []}])
     first, last = collect(run, 1, [*REPORTS, "site-3"], env="prod")["rounds"]
@@ -99,7 +99,7 @@ def test_a_round_says_which_sites_its_means_do_not_cover(run):
     assert first["accuracy"] == 0.1
 
 
-def test_the_rounds_before_a_site_was_lost_are_means_over_those_that_stayed(run):
+def test_rounds_before_a_loss_are_means_over_the_remaining_sites(run):
     own = {"train": 40, "val": 30}
     sites = {"site-2": {"metrics": {"val_acc": 0.5}, **own}, "site-3": {"metrics": {"val_acc": 0.9}, **own}}
     write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.7}, "sites": sites, "rejected": []}])
@@ -108,7 +108,7 @@ def test_the_rounds_before_a_site_was_lost_are_means_over_those_that_stayed(run)
     assert first["accuracy"] == 0.5
 
 
-def test_a_site_whose_last_answer_was_rejected_is_no_reason_to_fail(run):
+def test_a_rejected_final_answer_does_not_fail_the_run(run):
     rejected = {
         "round": None,
         "site": "site-3",
@@ -120,12 +120,12 @@ def test_a_site_whose_last_answer_was_rejected_is_no_reason_to_fail(run):
     assert (collected["rejected"], collected["lost"]) == ([rejected], ["site-3"])
 
 
-def test_a_run_that_the_server_ended_fails_with_the_servers_reason_and_keeps_the_last_model(run):
+def test_a_run_ended_by_the_server_has_its_reason_and_the_last_model(run):
     assert failure(run, RunError("the simulator ended with code 2")).startswith("the simulator ended with code 2\n")
     server = RunFolder(run).server
     (server / "failure.json").write_text(json.dumps({"reason": "the global model is not finite after round 2"}))
-    told = failure(run, RunError("the simulator ended with code 2")).splitlines()
-    assert told[0] == "the global model is not finite after round 2"
+    message = failure(run, RunError("the simulator ended with code 2")).splitlines()
+    assert message[0] == "the global model is not finite after round 2"
     assert torch.equal(torch.load(run / "last.pt", weights_only=True)["w"], torch.ones(2))
     (server / "final.pt").unlink()
     assert "last.pt" not in failure(run, RunError("early"))

@@ -1,4 +1,4 @@
-"""The page of a run: what is in it, that it needs no network, and that any name and any size can be shown."""
+"""The page of a run: its content, that it works offline, and that it can show any name and size."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ from settings import Options
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SITES = ("site-1", "site-2", "site-3")
 CLASSES = [str(i) for i in range(10)]
-# What a server and a site announce, in seconds after the server's start.
+# Phases of the server and of a site, in seconds after the server's start.
 SERVER = [(0.0, STARTING), (30.0, DONE)]
 SITE = [
     (10.5, VALIDATING),
@@ -51,7 +51,7 @@ SITE = [
 
 
 class Page(HTMLParser):
-    """A page taken apart."""
+    """A parsed page."""
 
     def __init__(self, path):
         super().__init__()
@@ -91,7 +91,7 @@ class Page(HTMLParser):
 
 
 def make_run(folder, sites=SITES, classes=CLASSES, **changes):
-    """A finished run of made-up metrics, two rounds, with the files that job.py leaves."""
+    """A finished run of made-up metrics, two rounds, with the files that job.py writes."""
     folder.mkdir()
     counts = {site: {name: 3 * i + j for j, name in enumerate(classes)} for i, site in enumerate(sites)}
     indices = {"train": [0, 1], "val": [2], "test": [0]}
@@ -142,7 +142,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def digits(tmp_path, options):
-    """A run on digits, whose images are at hand."""
+    """A run on digits, whose images are available."""
     made = options(n_clients=3, partition="dirichlet", alpha=1.0, learning_rate=0.01)
     distribution = describe(made)
     images = {site: len(own["test"]) for site, own in distribution.sites.items()}
@@ -169,7 +169,7 @@ class TestAPage:
         assert list(page.sections) == named
         assert "My project" in page.text and "fedavg on digits, iid; run first" in page.text
 
-    def test_fetches_nothing(self, run):
+    def test_loads_nothing_else(self, run):
         page = written(run)
         tags = {tag for tag, _ in page.tags}
         assert not tags & {"script", "link", "img", "image", "iframe", "object", "embed", "base", "audio", "video"}
@@ -180,11 +180,11 @@ class TestAPage:
         assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page.html))
         assert "@import" not in page.html
 
-    def test_is_the_same_again(self, run):
+    def test_is_reproducible(self, run):
         add_answers(run, ("site-1", answer()))
         assert written(run).html == written(run).html
 
-    def test_gives_no_two_parts_one_id(self, run):
+    def test_has_unique_ids(self, run):
         ids = [attributes["id"] for _, attributes in written(run).tags if "id" in attributes]
         assert len(ids) == len(set(ids))
 
@@ -194,12 +194,12 @@ class TestAPage:
         assert plots[1] == "loss by round: all sites, site-1, site-2, site-3"
         assert plots[2] == "Images per site and class, 3 sites"
 
-    def test_has_the_numbers_behind_the_plots(self, run):
+    def test_has_the_numbers_in_the_plots(self, run):
         rows = written(run).rows["rounds"]
         assert ["2", "site-2", "0.251", "0.251"] in rows
         assert ["1", "all sites", "0.300", "1.500"] in rows
 
-    def test_says_how_it_was_made_but_not_where(self, run):
+    def test_shows_the_configuration_but_no_paths(self, run):
         result = schema.read(run)
         save(run, {**result, "data_root": "/home/ann/secret"})
         (run.job / "app").mkdir(parents=True)
@@ -211,7 +211,7 @@ class TestAPage:
         assert files["app/client.py"] == ["8", hashlib.sha256(b"print()\n").hexdigest()]
         assert "/home/ann" not in page.html
 
-    def test_of_an_older_version_says_what_is_not_known(self, run):
+    def test_of_an_older_run_says_what_is_unknown(self, run):
         result = schema.read(run)
         for entry in result["rounds"]:
             del entry["loss"], entry["losses"]
@@ -245,7 +245,7 @@ def test_names_can_hold_any_character(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("n_sites", "n_classes"), [(1, 1), (1, 2), (12, 10), (40, 30)])
-def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_classes):
+def test_any_number_of_sites_and_classes_fits(tmp_path, n_sites, n_classes):
     sites = tuple(f"site-{i + 1}" for i in range(n_sites))
     page = written(make_run(tmp_path / "many", sites=sites, classes=[f"class {i}" for i in range(n_classes)]))
     labels = page.sections["distribution"]
@@ -257,7 +257,7 @@ def test_any_number_of_sites_and_classes_has_its_place(tmp_path, n_sites, n_clas
 
 
 class TestRealSites:
-    """No image is on this machine, and each site decides what it shares."""
+    """Their images are not on this machine, and each site decides what it shares."""
 
     @pytest.fixture
     def run(self, tmp_path):
@@ -297,7 +297,7 @@ class TestRealSites:
         assert "Not available: no site has test images." in page.sections["confusion"]
 
 
-class TestTheMatrix:
+class TestTheConfusionMatrix:
     def test_counts_the_predictions_of_each_class(self, digits, options):
         from data import SiteDataModule
         from federation.report.confusion import confusion
@@ -313,18 +313,18 @@ class TestTheMatrix:
         model = LitNet(10, Options())
         model.load_state_dict(torch.load(digits.final, weights_only=True))
         expected = torch.zeros(10, 10, dtype=torch.int64)
-        for label, taken_for in zip(batch[1], model(batch[0]).argmax(dim=1), strict=True):
-            expected[label, taken_for] += 1
+        for label, predicted in zip(batch[1], model(batch[0]).argmax(dim=1), strict=True):
+            expected[label, predicted] += 1
         assert np.sum([*matrices.values()], axis=0).tolist() == expected.tolist()
 
     def test_is_shown_for_all_sites_and_the_worst(self, digits):
         page = written(digits)
         whole, worst = page.plots()[3:5]
-        assert whole.startswith("Confusion matrix of all sites: ") and "of 360 test images" in whole
+        assert whole.startswith("Confusion matrix of all sites: ") and "on 360 test images" in whole
         assert worst.startswith("Confusion matrix of the worst site, site-2: ")
 
-    def test_that_is_not_what_the_sites_reported_says_so(self, digits):
-        [rounded] = re.findall(r"all sites: (\S+) of", written(digits).plots()[3])
+    def test_that_differs_from_the_sites_reports_has_a_note(self, digits):
+        [rounded] = re.findall(r"all sites: accuracy (\S+) on", written(digits).plots()[3])
         shown = float(rounded)
         assert shown > 0.01  # the run says 0.0
         assert "but all sites reported 0.000" in written(digits).sections["confusion"]
@@ -333,35 +333,35 @@ class TestTheMatrix:
         save(digits, result)
         assert "all sites reported" not in written(digits).sections["confusion"]
 
-    def test_is_of_the_model_that_the_run_trained(self, digits):
+    def test_uses_the_model_class_of_the_run(self, digits):
         save(digits, {**schema.read(digits), "model_class": "LitResNet"})
         torch.save(LitResNet(10, Options()).state_dict(), digits.final)
         assert len(written(digits).plots()) == 5
 
-    def test_is_left_out_where_the_images_are_not_here(self, digits):
+    def test_is_omitted_without_the_images(self, digits):
         result = {**schema.read(digits), "dataset": "image_folder", "data_root": "/nowhere"}
         save(digits, result)
         page = written(digits)
         assert "Not available: " in page.sections["confusion"] and "/nowhere" in page.sections["confusion"]
         assert len(page.plots()) == 3
 
-    def test_is_left_out_where_the_images_are_others(self, digits):
+    def test_is_omitted_if_the_images_changed(self, digits):
         result = schema.read(digits)
         result["test"]["sites"]["site-1"]["images"] += 1
         save(digits, result)
         assert "site-1 had " in written(digits).sections["confusion"]
 
-    def test_is_left_out_where_the_model_is_another(self, digits):
+    def test_is_omitted_if_the_model_changed(self, digits):
         torch.save({"other": torch.zeros(3)}, digits.final)
         assert "Not available: " in written(digits).sections["confusion"]
 
-    def test_is_left_out_where_no_class_is_predicted(self, digits, monkeypatch):
+    def test_is_omitted_if_no_class_is_predicted(self, digits, monkeypatch):
         monkeypatch.setattr(LitNet, "predict_step", lambda self, batch, index: self(batch[0]).sum())
         assert "does not return a score per image" in written(digits).sections["confusion"]
 
 
 class TestTheAuditLog:
-    def test_lists_all_that_is_in_a_message(self):
+    def test_lists_everything_in_a_message(self):
         record = exchange.describe(answer(NUM_STEPS_CURRENT_ROUND=12))
         assert record["round"] == 0
         assert record["tensors"] == [
@@ -379,12 +379,12 @@ class TestTheAuditLog:
     def test_lists_what_should_not_be_there(self):
         picture = np.zeros((3, 32, 32), np.uint8)
         message = answer(thumbnail=b"\x89PNG" * 25, nested={"patients": ["Ann", picture]})
-        message["beside"] = "text"
+        message["extra"] = "text"
         message.set_header("hidden", picture)
         record = exchange.describe(message)
         assert record["meta"]["thumbnail"] == "bytes, length 100"
         assert record["meta"]["nested/patients/0"] == "str, length 3"
-        assert record["meta"]["beside"] == "str, length 4"
+        assert record["meta"]["extra"] == "str, length 4"
         named = {tensor["name"]: tensor["shape"] for tensor in record["tensors"]}
         assert named["DXO/meta/nested/patients/1"] == [3, 32, 32] and named["__headers__/hidden"] == [3, 32, 32]
         assert "Ann" not in json.dumps(record)
@@ -402,7 +402,7 @@ class TestTheAuditLog:
         assert "Every tensor matches a weight of the final model" in page.sections["audit"]
 
     def test_does_not_claim_more_than_it_lists(self, run):
-        """Curves have one line each, and what administrators fetch never comes by."""
+        """Curves have one line each, and administrators' requests are not in it."""
         add_answers(run, ("site-1", answer()))
         text = written(run).sections["audit"]
         assert "What is not listed did not arrive" not in text
@@ -410,7 +410,7 @@ class TestTheAuditLog:
         assert "Of a tracker's curve, only the first message" in text
         assert "Not listed are NVFlare's other messages" in text and "administrators" in text
 
-    def test_points_to_what_is_not_of_the_model(self, run):
+    def test_names_tensors_that_are_not_in_the_model(self, run):
         add_answers(run, ("site-1", answer({"batch": torch.zeros(16, 3, 32, 32)})), ("site-2", answer()))
         page = written(run)
         assert (
@@ -419,7 +419,7 @@ class TestTheAuditLog:
         assert ["batch", "16 × 3 × 32 × 32", "float32", "196,608"] in page.rows["audit"]
 
 
-class TestTheTime:
+class TestTiming:
     @pytest.fixture(autouse=True)
     def announced(self, run):
         self.announce(run.server / PROGRESS, SERVER)
@@ -437,12 +437,12 @@ class TestTheTime:
         assert "Timeline of each site" in page.plots()
         assert ["site-2", "10.5", "8.2", "4.0", "7.2"] in page.rows["time"]
 
-    def test_is_unknown_where_a_site_did_not_announce_everything(self, run):
+    def test_is_unknown_if_a_sites_records_are_incomplete(self, run):
         file = run.progress("site-2")
         file.write_text("".join(line for line in file.read_text().splitlines(True) if WAITING not in line))
         assert "Unknown" in written(run).sections["time"]
 
-    def test_is_what_the_result_says_where_the_announcements_are_gone(self, run):
+    def test_comes_from_the_result_if_the_records_are_gone(self, run):
         sums = timing.totals(timing.phases(run))
         shutil.rmtree(run.workspace)
         save(run, {**schema.read(run), "timing": sums})
@@ -480,6 +480,6 @@ def test_a_browser_shows_it(digits, tmp_path):
     pixels = np.asarray(Image.open(picture).convert("RGB"))
     white = (pixels == 255).all(axis=2)
     assert pixels.shape == (4000, 1200, 3)
-    assert not white[:2500].all(axis=1).reshape(-1, 500).all(axis=1).any()  # something is in every part of the page
+    assert not white[:2500].all(axis=1).reshape(-1, 500).all(axis=1).any()  # no part of the page is empty
     blue = (pixels[..., 2].astype(int) - pixels[..., 0] > 60).sum()
     assert blue > 5000  # the heat maps and the lines

@@ -1,4 +1,4 @@
-"""results.py and results.json: what is shown, which files can be read, what is refused."""
+"""results.py and results.json: what is shown, which files can be read, what is rejected."""
 
 import importlib.metadata
 import json
@@ -16,7 +16,7 @@ from federation.run.folder import RunFolder
 from programs import PROJECT
 from settings import Options
 
-OLDER = Path(__file__).with_name("results_version_0.json")  # as the program wrote it before its files had a version
+OLDER = Path(__file__).with_name("results_version_0.json")  # written before the file had a version
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 COUNTS = {f"site-{i}": {"cat": 10 * i, "dog": 5} for i in (1, 2, 3)}
 
@@ -58,7 +58,7 @@ class TestASchema:
         assert result["rounds"][3]["losses"] == {"site-1": None, "site-2": None, "site-3": None}
         assert (result["sha256"], result["timing"], result["versions"]) == (None, None, {})
 
-    def test_of_this_version_keeps_what_it_has(self, runs):
+    def test_of_this_version_is_read_unchanged(self, runs):
         add_run(runs / "second", version=schema.VERSION, sha256="12ab", versions={"torch": "3.0"})
         result = schema.read(RunFolder(runs / "second"))
         assert (result["version"], result["sha256"], result["versions"]) == (schema.VERSION, "12ab", {"torch": "3.0"})
@@ -67,7 +67,7 @@ class TestASchema:
         for key in schema.read(RunFolder(runs / "first")):
             assert f"`{key}`" in README or hasattr(Options(), key), key
 
-    def test_knows_the_versions_of_what_it_depends_on(self):
+    def test_records_the_versions_of_dependencies(self):
         versions = schema.versions()
         assert set(versions) == {"python", "nvflare", "torch", "pytorch-lightning"}
         assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -82,8 +82,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-@pytest.mark.parametrize("flags", [(), ("--html",), ("first",)], ids=["shown", "as a page", "beside another"])
-def test_a_file_that_cannot_be_read_is_refused_in_one_line(runs, program, fault, flags):
+@pytest.mark.parametrize("flags", [(), ("--html",), ("first",)], ids=["shown", "as a page", "next to another"])
+def test_an_unreadable_file_is_rejected_in_one_line(runs, program, fault, flags):
     text, message = BROKEN[fault]
     add_run(runs / "bad")
     (runs / "bad" / "results.json").write_text(text, encoding="utf-8")
@@ -94,14 +94,14 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(runs, program, fault,
     assert not list(runs.rglob("*.html"))
 
 
-def test_a_run_that_is_not_there_is_refused_in_one_line(runs, program):
+def test_a_missing_run_is_rejected_in_one_line(runs, program):
     code, out, err = program("first", "second")
     assert (code, out) == (2, "")
     assert err == f"results.py: {runs / 'second' / 'results.json'} does not exist: finish a run with python job.py\n"
 
 
 @pytest.mark.parametrize("path", ["first/", "runs/first", "runs/first/", "./runs/first/", "runs/latest/"])
-def test_a_run_is_named_by_its_path_as_a_shell_completes_it(tmp_path, monkeypatch, program, path):
+def test_a_run_can_be_given_as_a_path_completed_by_the_shell(tmp_path, monkeypatch, program, path):
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr("federation.run.folder.RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
@@ -111,7 +111,7 @@ def test_a_run_is_named_by_its_path_as_a_shell_completes_it(tmp_path, monkeypatc
     assert program(path)[0] == 0
 
 
-def test_a_path_that_is_no_run_is_refused_in_one_line(runs, program):
+def test_a_path_without_a_run_is_rejected_in_one_line(runs, program):
     code, out, err = program(f"{runs}/elsewhere/")
     assert (code, out) == (2, "")
     assert err == f"results.py: {runs}/elsewhere/results.json does not exist: finish a run with python job.py\n"
@@ -124,7 +124,7 @@ def test_an_older_run_is_shown(runs, program):
     assert "Images per site and class" in out
 
 
-def test_several_runs_are_set_side_by_side(runs, program):
+def test_several_runs_are_compared_side_by_side(runs, program):
     add_run(runs / "second", algorithm="other", n_clients=5)
     code, out, _ = program("first", "second")
     assert code == 0
@@ -138,19 +138,19 @@ def test_several_runs_are_set_side_by_side(runs, program):
     assert table["seconds"] == ["50", "50"]
 
 
-def test_where_the_images_were_is_not_shown(runs, program):
+def test_the_path_of_the_images_is_not_shown(runs, program):
     add_run(runs / "second", data_root="/home/ann/patients")
     assert "patients" not in program("first", "second")[1]
     assert program("first", "second", "--html")[0] == 0
     assert "patients" not in (runs / "comparison.html").read_text(encoding="utf-8")
 
 
-def test_the_link_to_the_newest_run_is_its_run(runs, program):
+def test_latest_is_the_newest_run(runs, program):
     (runs / "latest").symlink_to("first")
     assert program() == program("first") == program("latest", "first")
 
 
-def test_a_metric_that_is_missing_is_a_dash(runs, program):
+def test_a_missing_metric_is_a_dash(runs, program):
     test = json.loads(OLDER.read_text(encoding="utf-8"))["test"]
     add_run(runs / "second", test={**test, "loss": None})
     assert "loss -" in program("second")[1]
@@ -167,7 +167,7 @@ class TestATable:
 
     @pytest.fixture
     def show(self, runs, program):
-        """Show a run of so many sites, of which the last is the worst: the lines of its two tables."""
+        """Show a run of `n_sites` sites, of which the last is the worst: the lines of its two tables."""
 
         def make(n_sites, n_rounds=3, classes=self.CLASSES):
             own = {f"site-{i}": 1 - i / 1000 for i in range(1, n_sites + 1)}
@@ -223,7 +223,7 @@ class TestATable:
         assert lines[0].split() == ["site-1", *["1000"] * 4, "5000"]
         assert "(not shown: 1 of 5 classes; partition.json has all)" in lines
 
-    def test_of_runs_that_do_not_fit_is_followed_by_another(self, runs, program):
+    def test_of_many_runs_continues_in_another_table(self, runs, program):
         names = [f"20260101-12000{i}" for i in range(9)]
         for i, name in enumerate(names):
             add_run(runs / name, seed=i)
@@ -233,8 +233,8 @@ class TestATable:
         seeds = [line.split()[1:] for line in lines if line.startswith("seed ")]
         assert len(seeds) > 1 and sum(seeds, []) == [str(i) for i in range(9)]
 
-    def test_has_one_wide_name_where_it_must(self, runs, program):
-        """Better beyond the edge of the screen than not at all."""
+    def test_shows_the_worst_site_even_if_its_name_is_too_wide(self, runs, program):
+        """It may exceed the screen, but is not cut."""
         result = json.loads(OLDER.read_text(encoding="utf-8"))
         name = "the-hospital-" * 8
         for entry in (*result["rounds"], result["test"]):
@@ -246,10 +246,10 @@ class TestATable:
         assert "(not shown: 2 of 3 sites; results.json has all)" in lines
 
 
-MARKUP = "[/x]"  # rich would take it for the end of a style that never began, and raise
+MARKUP = "[/x]"  # to rich, the end of a style that never began, which raises
 
 
-def test_names_are_shown_as_they_are_whatever_they_hold(runs, program):
+def test_names_are_shown_literally(runs, program):
     result = json.loads(OLDER.read_text(encoding="utf-8"))
     for entry in (*result["rounds"], result["test"]):
         entry["sites"][MARKUP] = entry["sites"].pop("site-1")
@@ -269,7 +269,7 @@ def test_names_are_shown_as_they_are_whatever_they_hold(runs, program):
     assert code == 0 and "of [b]two" in out
 
 
-def test_a_site_that_was_lost_or_has_no_test_images_is_shown_as_far_as_it_is_known(runs, program):
+def test_a_lost_site_and_a_site_without_test_images_are_shown(runs, program):
     result = json.loads(OLDER.read_text(encoding="utf-8"))
     for entry in result["rounds"][2:]:
         entry["sites"]["site-3"] = None
@@ -284,14 +284,14 @@ def test_a_site_that_was_lost_or_has_no_test_images_is_shown_as_far_as_it_is_kno
     assert program("lost", "first")[0] == 0
 
 
-def test_html_says_which_file_it_wrote(runs, program):
+def test_html_prints_the_path_of_the_page(runs, program):
     shutil.copytree(runs / "first", runs / "second")
     code, out, _ = program("first", "second", "--html")
     assert (code, out) == (0, f"{runs / 'comparison.html'}\n")
     assert (runs / "comparison.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-def test_a_fingerprint_tells_models_apart_by_every_bit():
+def test_a_fingerprint_depends_on_every_bit_of_a_model():
     from federation.run.outcome import fingerprint
 
     model = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
@@ -307,7 +307,7 @@ def test_a_fingerprint_tells_models_apart_by_every_bit():
 
 
 class TestCaveats:
-    """What no reader of a mean may miss: which sites are not in it, and why."""
+    """Warnings about the means: which sites they exclude, and why."""
 
     REJECTED = {"round": 1, "site": "site-2", "task": "train", "reason": "tensor fc1.weight is not finite"}
 
@@ -315,17 +315,17 @@ class TestCaveats:
         add_run(runs / "second", lost=["site-3"], rejected=[self.REJECTED, {**self.REJECTED, "round": None}])
         _, out, _ = program("second")
         assert "WARNING: no final evaluation from site-3: the means exclude them\n" in out
-        told = "WARNING: the server rejected the answer of site-2 in {}: tensor fc1.weight is not finite\n"
-        assert told.format("round 2") in out and told.format("an evaluation") in out
+        warning = "WARNING: the server rejected the answer of site-2 in {}: tensor fc1.weight is not finite\n"
+        assert warning.format("round 2") in out and warning.format("an evaluation") in out
 
-    def test_name_the_sites_that_a_rounds_means_lack(self, runs, program):
+    def test_name_the_sites_missing_from_a_rounds_means(self, runs, program):
         rounds = json.loads(OLDER.read_text(encoding="utf-8"))["rounds"]
         rounds[1]["missing"] = ["site-2", "site-3"]
         add_run(runs / "second", lost=["site-3"], rounds=rounds)
         _, out, _ = program("second")
         assert "WARNING: the means after round 1 exclude site-2\n" in out
 
-    def test_are_few_even_where_the_faults_are_many(self, runs, program):
+    def test_are_limited_in_number(self, runs, program):
         add_run(runs / "second", rejected=[self.REJECTED] * 1000)
         _, out, _ = program("second")
         assert out.count("WARNING") == 21
@@ -339,12 +339,12 @@ class TestCaveats:
             encoding="utf-8"
         )
 
-    def test_ask_about_a_site_that_would_outweigh_all_others(self, runs, program):
+    def test_question_a_site_that_outweighs_all_others(self, runs, program):
         sound = {f"site-{k}": {"train": 800, "val": 200} for k in (1, 2)}
         add_run(runs / "second", images={**sound, "site-3": {"train": 10**9, "val": 1}})
         assert "WARNING: site-3 reported 1,000,000,000 of all 1,000,001,600 training images" in program("second")[1]
         add_run(runs / "third", images={**sound, "site-3": {"train": 9000, "val": 1}})
         assert "WARNING" not in program("third")[1]
 
-    def test_are_none_where_all_sites_are_covered(self, runs, program):
+    def test_are_absent_if_all_sites_are_covered(self, runs, program):
         assert "WARNING" not in program("first")[1]

@@ -114,10 +114,9 @@ def _confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> di
     matrices, notes = [], []
     for name, matrix, reported in shown:
         accuracy = np.trace(matrix) / matrix.sum()
-        share = f"{accuracy:.3f} of {matrix.sum()}"
-        label = f"Confusion matrix of {name}: {share} test images are on the diagonal"
-        plot = plots.heat_map(matrix, classes, classes, label, confusion=True)
-        matrices.append((plot, f"{name[0].upper()}{name[1:]}: {share} on the diagonal"))
+        caption = f"{name}: accuracy {accuracy:.3f} on {matrix.sum()} test images"
+        plot = plots.heat_map(matrix, classes, classes, f"Confusion matrix of {caption}", confusion=True)
+        matrices.append((plot, caption[0].upper() + caption[1:]))
         if reported is None or abs(accuracy - reported) > 0.005:
             notes.append(f"Recomputed here, but {name} reported {as_text(reported)}: model.py or images changed.")
     return {"matrices": matrices, "notes": notes}
