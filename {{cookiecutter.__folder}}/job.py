@@ -37,7 +37,11 @@ def main() -> int:
         return check(options)
     distribution = get_data(options)
     start.check(options, distribution)
-    if options.export:
+    if options.debug:
+        from federation.launch.debug import run_task
+
+        run_task(options, start)
+    elif options.export:
         export(options, distribution, start)
     elif options.prepare_only:
         print(f"{options.dataset} is ready")
@@ -68,9 +72,10 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     import torch
 
     import results
-    from federation.launch import display, simulator, tracking
+    from federation.launch import display, machine, recipes, simulator, tracking
     from federation.launch.nvflare_log import root_cause
     from federation.run import outcome, schema
+    from federation.site.partition import hosts
 
     torch.set_num_threads(1)  # this process and the server do little: leave the cores to the clients
     has_gpu = torch.cuda.is_available()
@@ -78,9 +83,8 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
         print("A GPU is available but not used: turn it on with --gpu")
     if options.gpu and not has_gpu:
         print("WARNING: --gpu was given, but no CUDA GPU is available: training on the CPU")
-    if options.env != "prod":  # the exact result depends on it, so a user can set it
-        threads = os.environ.get("OMP_NUM_THREADS") or simulator.threads_per_client(options.n_clients)
-        options.threads = int(threads)
+    if options.env != "prod":
+        options.threads, options.n_hosts = machine.n_threads(options.n_clients), machine.n_hosts(options)
     try:
         write_json(run.partition, dataclasses.asdict(distribution))
         environment = tracking.environment(options.tracking, run)
@@ -93,8 +97,8 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     print(
         f"\n{ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {run.log}"
     )
-    if start.run:
-        print(start.note(options))
+    for note in [*recipes.notes(options, run), *start.notes(options)]:
+        print(note)
 
     launch = simulator.simulate
     if options.env == "poc":
@@ -102,10 +106,9 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     elif options.env == "prod":
         from federation.launch.prod import submit as launch
     sites = options.site_names or list(distribution.sites)
+    clients = [] if options.env == "prod" else list(hosts(options))
     try:
-        with display.follow(
-            run, list(distribution.sites), options.num_rounds, options.verbose, start.first_round
-        ) as follow:
+        with display.follow(run, clients, options.num_rounds, options.verbose, start.first_round) as follow:
             launch(run, options, environment, follow)
         collected = outcome.collect(run, options, sites)
     except RunError as error:
@@ -164,6 +167,7 @@ def check(options: Options) -> int:
     options.n_clients, options.num_rounds, options.local_epochs = min(options.n_clients, 4), 1, 1
     options.total_rounds = 1
     options.max_batches = 4
+    options.n_hosts = options.sites_per_round = options.evaluate_sites = None
     try:
         try:
             distribution = get_data(options)

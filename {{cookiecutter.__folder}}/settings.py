@@ -78,11 +78,13 @@ class Options:
     fedprox_mu: float = federated(0.01, "mu of Li et al. 2020", above=0, algorithms=("fedprox",), resume=INHERITED)
     server_learning_rate: float = federated(1.0, "the server's eta", above=0, algorithms=("fedopt",), resume=INHERITED)
     server_momentum: float = federated(0.9, "beta 1", least=0, below=1, algorithms=("fedopt",), resume=INHERITED)
+    sites_per_round: int | None = federated(None, "random sites in each round  [all]", least=1, resume=INHERITED)
+    evaluate_sites: int | None = federated(None, "random sites in the final evaluation  [all]", least=1)
     patience: int | None = federated(None, "stop N rounds after the best", least=1, algorithms=("fedavg", "fedprox"))
 
     env: str = simulation("sim", "simulator, POC on this machine, or real sites", choices=("sim", "poc", "prod"))
     n_clients: int = simulation({{ cookiecutter.num_clients | int }}, "number of sites", least=1, resume=FIXED)
-    n_threads: int | None = simulation(None, "sites at a time  [as many as the memory allows]", least=1, local=True)
+    n_hosts: int | None = simulation(None, "processes that run the sites  [one per core; POC: per site]", least=1)
     threads: int | None = simulation(None, "of PyTorch, for each site; None: each site's own", flag=None)
 
     startup_kit: str | None = sites(None, "the submitter's start-up kit", metavar="DIR", local=True)
@@ -100,6 +102,7 @@ class Options:
     tracking: str = output("none", "experiment tracker", choices=TRACKERS)
     verbose: bool = output(False, "show NVFlare's own log", local=True)
     prepare_only: bool = output(False, "get the data ready and stop", local=True)
+    debug: str | None = output(None, "run a task of this site in job.py's process", metavar="SITE", local=True)
     check: bool = output(False, "see in one short round whether everything works here", local=True)
 
     @classmethod

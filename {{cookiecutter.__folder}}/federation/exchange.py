@@ -1,36 +1,104 @@
-"""What is done to a site's answer, wherever it arrives: check it, describe it, add it up.
+"""Check and describe the answers of sites: on arrival at the server, or at a host that answers for several sites.
 
-Nobody can know how an answer was made: all of it is checked. A function that checks returns what is wrong, in a few
-words, or None.
+A function that checks returns what is wrong, in a few words, or None.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from nvflare.apis.dxo import DataKind
+from nvflare.apis.dxo import DataKind, from_shareable
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
-from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
-from nvflare.app_common.app_constant import AppConstants
-from nvflare.app_common.workflows.base_fedavg import BaseFedAvg
+from nvflare.app_common.abstract.fl_model import MetaKey
+from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 
-from federation.protocol import TEST_IMAGES, VAL_IMAGES
+from federation.protocol import HOLDS, SITES, TEST_IMAGES, VAL_IMAGES
 
 MAX_IMAGES = 10**9  # no site has more; a site's number of images is its weight in the mean
 SHARES, LOSSES = ("val_acc", "test_acc"), ("val_loss", "test_loss")  # the metrics that the project itself uses
-ROUNDING = 1e-6  # by which a share computed in float32 can be off
+ROUNDING = 1e-6  # error of a share computed in float32
 
-HEADERS, DXO = "__headers__", "DXO"  # the two parts of NVFlare's message
+HEADERS, CONTENT = "__headers__", "DXO"  # the two parts of NVFlare's message
 # The server adds these to a message on arrival.
 OWN_HEADERS = (ReservedHeaderKey.TASK_NAME, ReservedHeaderKey.TASK_ID, ReservedHeaderKey.PEER_PROPS)
 
 TensorSpecs = dict[str, tuple[tuple[int, ...], str]]  # name -> shape, dtype
 
 
+class SiteCheck:
+    """Checks the answers of sites.
+
+    Args:
+        algorithm: job.py's `--algorithm`.
+        classes: names of the federation's classes.
+        images: site -> its numbers of `train`, `val` and `test` images, if known in advance. Otherwise each site
+            reports them with its first answer.
+    """
+
+    def __init__(self, algorithm: str, classes: list[str], images: dict[str, dict[str, int]] | None = None):
+        self.algorithm, self.classes = algorithm, classes
+        self.announced = {site: dict(counts) for site, counts in (images or {}).items()}
+
+    def find_fault(self, site: str, task: str, answer: Shareable, specs: TensorSpecs, round_: int | None) -> str | None:
+        """Check the answer of a site to a task.
+
+        Args:
+            site: its name.
+            task: NVFlare's name of the task.
+            answer: the message.
+            specs: of the global model.
+            round_: the number of the current round.
+        """
+        content = from_shareable(answer)
+        if SITES in content.meta:
+            return "it answers for other sites"
+        if task != AppConstants.TASK_TRAIN:
+            if content.data_kind != DataKind.METRICS:
+                return "its metrics are missing"
+            return self.evaluation_fault(site, content.data)
+        if (number := answer.get_header(AppConstants.CURRENT_ROUND)) != round_:
+            return f"it is for round {number}, not {round_}"
+        kind = DataKind.WEIGHT_DIFF if self.algorithm == "fedopt" else DataKind.WEIGHTS
+        if content.data_kind != kind:  # the first answer's kind would apply to the whole mean
+            return f"its data kind is not {kind.value}"
+        meta = content.meta
+        counts = {"train": meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND), "val": meta.get(VAL_IMAGES)}
+        controls = meta.get(AlgorithmConstants.SCAFFOLD_CTRL_DIFF)
+        return (
+            tensor_fault(content.data, specs)
+            or (tensor_fault(controls, specs, complete=False) if self.algorithm == "scaffold" else None)
+            or self.training_fault(site, meta.get(MetaKey.INITIAL_METRICS), counts)
+        )
+
+    def training_fault(self, site: str, metrics: Any, counts: dict[str, Any]) -> str | None:
+        """Check what a site reports along with its weights: metrics, and numbers of `train` and `val` images."""
+        return metric_fault(metrics) or self._count_fault(site, counts)
+
+    def evaluation_fault(self, site: str, metrics: Any) -> str | None:
+        """Check the metrics of an evaluation, which include numbers of images."""
+        if fault := metric_fault(metrics):
+            return fault
+        for name in metrics:
+            if name.startswith(HOLDS):
+                if (class_ := name.removeprefix(HOLDS)) not in self.classes:
+                    return f"it counts images of an unknown class {class_!r}"
+                if fault := count_fault(name, metrics[name], 0, None):
+                    return fault
+        return self._count_fault(site, {"val": metrics.get(VAL_IMAGES), "test": metrics.get(TEST_IMAGES)})
+
+    def _count_fault(self, site: str, counts: dict[str, Any]) -> str | None:
+        announced = self.announced.setdefault(site, {})
+        for part, count in counts.items():
+            if fault := count_fault(f"its number of {part} images", count, int(part == "train"), announced.get(part)):
+                return fault
+        self.announced[site] = {**counts, **announced}
+        return None
+
+
 def specs_of(weights: dict[str, Any]) -> TensorSpecs:
     """Names, shapes and dtypes of a state dict of arrays or tensors."""
-    return {name: (tuple(value.shape), _dtype(value)) for name, value in weights.items()}
+    return {name: (tuple(value.shape), dtype_of(value)) for name, value in weights.items()}
 
 
 def tensor_fault(tensors: Any, specs: TensorSpecs, complete: bool = True) -> str | None:
@@ -53,8 +121,8 @@ def tensor_fault(tensors: Any, specs: TensorSpecs, complete: bool = True) -> str
             return f"{name} is not a tensor"
         if tuple(value.shape) != shape:
             return f"tensor {name} has shape {tuple(value.shape)}, not {shape}"
-        if _dtype(value) != dtype:
-            return f"tensor {name} is {_dtype(value)}, not {dtype}"
+        if dtype_of(value) != dtype:
+            return f"tensor {name} is {dtype_of(value)}, not {dtype}"
         if not np.isfinite(np.asarray(value)).all():
             return f"tensor {name} is not finite"
     return None
@@ -102,19 +170,21 @@ def describe(message: Shareable) -> dict[str, Any]:
     Returns:
         `round`, `tensors`, `metrics`, `meta`, `headers`.
     """
-    content = message.get(DXO) or {}
-    measures = (DXO, "data") if content.get("kind") == DataKind.METRICS else (DXO, "meta", MetaKey.INITIAL_METRICS)
+    content = message.get(CONTENT) or {}
+    measures = (
+        (CONTENT, "data") if content.get("kind") == DataKind.METRICS else (CONTENT, "meta", MetaKey.INITIAL_METRICS)
+    )
     tensors, metrics, meta, headers = [], [], {}, {}
     for path, value in _leaves(message, ()):
         name = "/".join(path)
         if hasattr(value, "shape") and hasattr(value, "dtype"):
-            short = name.removeprefix(f"{DXO}/data/")
-            size = {"shape": list(value.shape), "dtype": _dtype(value), "bytes": int(value.nbytes)}
+            short = name.removeprefix(f"{CONTENT}/data/")
+            size = {"shape": list(value.shape), "dtype": dtype_of(value), "bytes": int(value.nbytes)}
             tensors.append({"name": short, **size})
         elif path[: len(measures)] == measures:
             metrics.append("/".join(path[len(measures) :]))
         elif path[0] != HEADERS:
-            meta[name.removeprefix(f"{DXO}/").removeprefix("meta/")] = _type(value)
+            meta[name.removeprefix(f"{CONTENT}/").removeprefix("meta/")] = _type(value)
         elif path[1] not in OWN_HEADERS:
             headers["/".join(path[1:])] = _type(value)
     number = message.get_header(AppConstants.CURRENT_ROUND)
@@ -136,48 +206,6 @@ def mean_metrics(sites: list[tuple[dict[str, Any] | None, int]]) -> dict[str, fl
     return {name: sum(metrics[name] * images for metrics, images in measured) / total for name in sorted(common)}
 
 
-def mean_answer(
-    answers: dict[str, FLModel], aggregate: Callable[[list[FLModel]], FLModel] = BaseFedAvg.aggregate_fn
-) -> FLModel:
-    """The mean of what several sites have trained, in the order of their names: the same answers give the same bits.
-
-    Weights are weighted by training images, as the sites report them in `NUM_STEPS_CURRENT_ROUND`; metrics by
-    validation images.
-
-    Args:
-        answers: site -> its answer.
-        aggregate: NVFlare's function that does the arithmetic.
-    """
-    results = [answers[name] for name in sorted(answers)]
-    mean = aggregate(results)
-    mean.metrics = mean_metrics([(result.metrics, result.meta.get(VAL_IMAGES, 0)) for result in results])
-    return mean
-
-
-def add_up(answers: dict[str, FLModel]) -> FLModel:
-    """One answer for several sites, as if it came from a site that has the images of all of them.
-
-    Args:
-        answers: site -> its answer, all to the same task.
-    """
-    if not any(answer.params for answer in answers.values()):
-        return FLModel(metrics=_evaluated([answers[name].metrics or {} for name in sorted(answers)]))
-    mean = mean_answer(answers)
-    for count in (MetaKey.NUM_STEPS_CURRENT_ROUND, VAL_IMAGES):
-        mean.meta[count] = sum(answer.meta.get(count, 0) for answer in answers.values())
-    return mean
-
-
-def _evaluated(sites: list[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of an evaluation, as if the sites' images were one set."""
-    counts = {name for metrics in sites for name in metrics if isinstance(metrics[name], int)}
-    means: dict[str, Any] = {}
-    for images, stage in ((VAL_IMAGES, "val_"), (TEST_IMAGES, "test_")):
-        own = [{name: value for name, value in metrics.items() if name.startswith(stage)} for metrics in sites]
-        means |= mean_metrics([(one, metrics[images]) for one, metrics in zip(own, sites, strict=True)])
-    return {**means, **{name: sum(metrics.get(name, 0) for metrics in sites) for name in counts}}
-
-
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """All that is in nested dicts and lists, each with the keys and places that lead to it."""
     if not isinstance(value, dict | list | tuple):
@@ -193,5 +221,5 @@ def _type(value: Any) -> str:
     return f"{kind}, length {len(value)}" if isinstance(value, str | bytes | bytearray) else kind
 
 
-def _dtype(value: Any) -> str:
+def dtype_of(value: Any) -> str:
     return str(value.dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ ROUNDS = "rounds.jsonl"  # a line per finished round: server/evaluation.py
 EVALUATION = "evaluation.json"  # of the final and of the best model: server/evaluation.py
 REJECTED = "rejected.jsonl"  # answers that were left out: server/answers.py
 FAILURE = "failure.json"  # why the server ended the run: its `reason`
+COHORTS = "cohorts.jsonl"  # which sites took part, if not all: server/cohort.py
 AUDIT_LOG = "audit.jsonl"  # what came from each site: server/audit.py
 FINAL, BEST = "final.pt", "best.pt"  # state dicts of the global model
 
@@ -32,6 +33,12 @@ PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITI
 METRIC = "val_acc"  # by which models are compared
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
 HOLDS = "holds "  # and the name of a class: how many training and validation images of it the site has
+
+# In the meta of an answer for several sites: site -> `metrics` of the model that it received, its numbers of `train`
+# and `val` images. FinalEvaluation takes it out of the mean, because whatever is in there is sent to all sites.
+SITES = "fl_sites"
+DESCRIBED, LEFT_OUT = "fl_described", "fl_left_out"  # such an answer's records for the audit log and for REJECTED
+COHORT = "fl_cohort"  # header of a task: the sites that take part in it; missing: all
 
 # What the heartbeat monitor writes into the server's log: a site, and the seconds that it may take.
 LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has taken another task"

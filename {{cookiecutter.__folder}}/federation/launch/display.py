@@ -11,36 +11,43 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
-from federation.protocol import METRIC, PHASES, STARTING, TRAINING, VALIDATING, JsonLines
+from federation.protocol import METRIC, PHASES, STARTING, TRAINING, WAITING, JsonLines
 from federation.run.folder import RunFolder
 from federation.run.metrics import as_text
 
-MAX_ROWS = 12  # with more sites, there is one row per phase instead of one per site
+MAX_ROWS = 12  # with more processes, there is one row per phase instead of one per process
 # Called a few times per second with the new part of NVFlare's log and the records of all rounds so far.
 Follow = Callable[[str, list[dict[str, Any]]], None]
 
 
-class Site:
-    """What one site is doing, according to its progress file."""
+class Process:
+    """What a process is doing, according to its progress file: a site, or a host that runs several, one by one."""
 
     def __init__(self, progress: JsonLines) -> None:
         self.progress, self.phase = progress, STARTING
+        self.site, self.number, self.sites = "", 0, 1  # the site, and which of those of its task it is
         self.step = self.steps = 0
         self.speed = 0.0
 
     def update(self) -> None:
         for record in self.progress.read():
-            if "step" in record:
+            if "site" in record:
+                self.site, self.number, self.sites = record["site"], record["number"], record["sites"]
+                self.step = self.steps = 0
+            elif "step" in record:
                 self.step, self.steps, self.speed = record["step"], record["steps"], record["speed"]
             else:
                 self.phase = record["phase"]
-                if self.phase in (VALIDATING, TRAINING):
-                    self.step = self.steps = 0
+
+    def fraction(self) -> float:
+        """The fraction of its task's training that it has completed."""
+        return max(0.0, self.number - 1 + (self.step / self.steps if self.steps else 0.0)) / self.sites
 
     def describe(self) -> str:
+        site = f"{self.site} ({self.number} of {self.sites}): " if self.sites > 1 and self.phase != WAITING else ""
         if self.phase == TRAINING and self.steps:
-            return f"training, step {self.step} of {self.steps}, {self.speed:.1f} steps/s"
-        return self.phase
+            return f"{site}training, step {self.step} of {self.steps}, {self.speed:.1f} steps/s"
+        return site + self.phase
 
 
 class Overview:
@@ -48,13 +55,13 @@ class Overview:
 
     Args:
         run: the run's folder.
-        sites: those with a visible progress file: none if they are remote.
+        processes: the sites or hosts with a visible progress file: none if they are remote.
         num_rounds: number of rounds in this run.
         first_round: number of earlier rounds, if the run is resumed.
     """
 
-    def __init__(self, run: RunFolder, sites: list[str], num_rounds: int, first_round: int = 0) -> None:
-        self.sites = {site: Site(JsonLines(run.progress(site))) for site in sites}
+    def __init__(self, run: RunFolder, processes: list[str], num_rounds: int, first_round: int = 0) -> None:
+        self.processes = {name: Process(JsonLines(run.progress(name))) for name in processes}
         self.num_rounds, self.first_round = num_rounds, first_round
         self.rounds: list[dict[str, Any]] = []
         self.ends: list[float] = []  # when the sites started working, then when each round ended
@@ -66,9 +73,10 @@ class Overview:
             rounds: the server's records of the rounds so far.
             now: current time in seconds.
         """
-        for site in self.sites.values():
-            site.update()
-        if not self.ends and (rounds or not self.sites or any(site.phase != STARTING for site in self.sites.values())):
+        processes = self.processes.values()
+        for process in processes:
+            process.update()
+        if not self.ends and (rounds or not processes or any(process.phase != STARTING for process in processes)):
             self.ends.append(now)
         lines = []
         for record in rounds[len(self.rounds) :]:
@@ -98,8 +106,8 @@ class Overview:
         return f"round {self.first_round + number} of {self.first_round + self.num_rounds}"
 
     def fraction(self) -> float:
-        """The fraction of this round's training that the slowest site has completed."""
-        return min((site.step / site.steps if site.steps else 0.0 for site in self.sites.values()), default=0.0)
+        """The fraction of this round's training that the slowest process has completed."""
+        return min((process.fraction() for process in self.processes.values()), default=0.0)
 
     def time_left(self, now: float) -> str:
         """Estimated from the rounds so far, or from the steps during the first round; empty if unknown."""
@@ -111,7 +119,7 @@ class Overview:
         return f"{duration(max(0.0, a_round * todo - passed))} left"
 
     def render(self, now: float) -> Group:
-        """The live view: 2 lines plus one per site, or one per phase if there are many sites."""
+        """The live view: 2 lines plus one per process, or one per phase if there are many processes."""
         done, what, completed = len(self.rounds), "final evaluation", float(self.num_rounds)
         if done < self.num_rounds:
             what, completed = self.name(done + 1), done + self.fraction()
@@ -119,13 +127,14 @@ class Overview:
         head.add_row(what, ProgressBar(self.num_rounds, completed, width=24), self.accuracy(), self.time_left(now))
         rows = _grid(3)
         rows.expand, rows.columns[-1].ratio = True, 1  # the last column takes the remaining width
-        if len(self.sites) <= MAX_ROWS:
-            for name, site in self.sites.items():
-                rows.add_row(name, self.accuracy(name), site.describe())
+        if len(self.processes) <= MAX_ROWS:
+            for name, process in self.processes.items():
+                is_site = process.site in ("", name)
+                rows.add_row(name, self.accuracy(name) if is_site else "", process.describe())
         else:
             for phase in PHASES:
-                if names := [name for name, site in self.sites.items() if site.phase == phase]:
-                    rows.add_row(f"{len(names)} sites", phase, ", ".join(names))
+                if names := [name for name, process in self.processes.items() if process.phase == phase]:
+                    rows.add_row(f"{len(names)} processes", phase, ", ".join(names))
         return Group("", head, rows)
 
 
@@ -134,9 +143,11 @@ def _grid(n_columns: int) -> Table:
 
 
 @contextlib.contextmanager
-def follow(run: RunFolder, sites: list[str], num_rounds: int, verbose: bool, first_round: int = 0) -> Iterator[Follow]:
+def follow(
+    run: RunFolder, processes: list[str], num_rounds: int, verbose: bool, first_round: int = 0
+) -> Iterator[Follow]:
     """Yield a function that shows a run's progress (see `Overview`), or NVFlare's log with `verbose`."""
-    overview = Overview(run, sites, num_rounds, first_round)
+    overview = Overview(run, processes, num_rounds, first_round)
     # No refresh thread, since the simulator is forked from this process. Other output appears above the live view.
     live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() and not verbose else None
 

@@ -64,15 +64,17 @@ def root_cause(workspace: Path) -> str:
     """
     errors = []
     for log in workspace.glob("*/log.txt"):
-        for time, traceback, error in re.findall(
-            r"^(\d{4}-\S+ \S+) .*Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", _text(log), re.MULTILINE
+        for time, prefix, traceback, error in re.findall(
+            r"^(\d{4}-\S+ \S+) (.*)Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", _text(log), re.MULTILINE
         ):
             if "RunError" in error:
                 continue
             frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
             where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)
             place = " ({}, line {})".format(*frames[-1][:2]) if frames else ""
-            errors.append((log.parent.name == "server", time, f"{log.parent.name} failed: {error}{place}{where}"))
+            site = re.search(r" ([\w.-]+): $", prefix)  # from site/host.py
+            who = site[1] if site else log.parent.name
+            errors.append((log.parent.name == "server", time, f"{who} failed: {error}{place}{where}"))
     return min(errors)[2] if errors else ""  # the server fails only after its sites
 
 

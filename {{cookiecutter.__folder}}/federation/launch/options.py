@@ -152,6 +152,7 @@ def _check(options: Options, given: set[str], start: Start) -> None:
             raise UserError(f"--partition {options.partition} splits one data set, but {why}")
         options.partition = "none"
     _check_environment(options, given)
+    _check_numbers(options, given)
     if options.data_root:
         options.data_root = os.path.abspath(os.path.expanduser(options.data_root))
     if options.tracking != "none" and importlib.util.find_spec(options.tracking) is None:
@@ -177,6 +178,22 @@ def _check_name(options: Options) -> None:
             raise UserError(f"runs/{name} exists: choose another --name, or add --overwrite to replace it")
         if name == options.resume:
             raise UserError(f"--resume {options.resume} needs runs/{name}: choose another --name")
+
+
+def _check_numbers(options: Options, given: set[str]) -> None:
+    """Reject more hosts or sites than there are; in settings.py or inherited, such a number means all."""
+    if options.env == "prod" and {"n_hosts", "debug"} & given:
+        flag = FLAGS["n_hosts" if "n_hosts" in given else "debug"]
+        raise UserError(f"{flag} is for simulated sites: remove it, or --env prod")
+    for name in ("n_hosts", "sites_per_round", "evaluate_sites"):
+        if (value := getattr(options, name)) and value > options.n_clients:
+            if name in given:
+                raise UserError(f"{FLAGS[name]} is {value}, but there are only {options.n_clients} sites")
+            setattr(options, name, None)
+    if options.debug:
+        names = [f"site-{i}" for i in range(1, options.n_clients + 1)]
+        if options.debug not in names:
+            raise UserError(f"--debug is {options.debug!r}: the sites are {names[0]} to {names[-1]}")
 
 
 def _check_environment(options: Options, given: set[str]) -> None:

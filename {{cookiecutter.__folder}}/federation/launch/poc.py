@@ -17,8 +17,10 @@ from federation.errors import RunError
 from federation.launch.display import Follow
 from federation.launch.nvflare_log import report_lost_sites, root_cause
 from federation.launch.session import COMPLETED, Server
+from federation.launch.simulator import death
 from federation.launch.watchdog import guard
 from federation.run.folder import PROJECT, RunFolder
+from federation.site.partition import hosts
 from settings import Options
 
 PROVISION = PROJECT / "deploy" / "project.yml"
@@ -38,14 +40,14 @@ def run_poc(run: RunFolder, options: Options, environment: dict[str, str], follo
         RunError: a site failed, died or did not connect.
         KeyboardInterrupt: passed on after all processes have ended.
     """
-    sites = [f"site-{i}" for i in range(1, options.n_clients + 1)]
+    sites = [*hosts(options)]
     gpus = torch.cuda.device_count() if options.gpu else 0
     processes: dict[str, subprocess.Popen[bytes]] = {}
     late: set[str] = set()
 
     def stop_if_one_died() -> None:
         if died := [name for name, process in processes.items() if process.poll() is not None]:
-            raise RunError(f"{', '.join(died)} died: its process is gone")
+            raise RunError("; ".join(death(run, name) for name in died))
 
     def poll() -> None:
         new = log.read()

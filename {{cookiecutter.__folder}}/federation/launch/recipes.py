@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from nvflare.apis.job_def import ALL_SITES
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.app_opt.pt.recipes.fedopt import FedOptRecipe
 from nvflare.app_opt.pt.recipes.fedprox import FedProxRecipe
@@ -15,12 +16,14 @@ from federation.launch.distribution import Distribution
 from federation.launch.resume import Start
 from federation.protocol import INITIAL, METRIC, OPTIONS
 from federation.run.folder import RunFolder
-from federation.server.aggregation import OrderedMean, OrderedScaffold, StartFromCheckpoint
+from federation.server.aggregation import ExactScaffold, StartFromCheckpoint, WeightedMean
 from federation.server.answers import AnswerCheck
 from federation.server.audit import AuditLog
+from federation.server.cohort import Cohort
 from federation.server.evaluation import FinalEvaluation
 from federation.server.heartbeat import DEAD_CLIENT_TIMING, HeartbeatMonitor
 from federation.site.host import SiteHost
+from federation.site.partition import hosts
 from settings import Options
 from trainer import make_model
 
@@ -28,7 +31,7 @@ TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's defa
 
 
 def build(options: Options, distribution: Distribution, start: Start, run: RunFolder) -> Recipe:
-    """The recipe for `options.algorithm`: all sites take part in each round, weighted by their training images.
+    """The recipe for `options.algorithm`: sites are weighted by their training images.
 
     Args:
         options: the run's options, with the federation's `classes`.
@@ -49,7 +52,7 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
         name=run.job.name,
         model={"class_path": "trainer.make_model", "args": {}},
         initial_ckpt=str(run.bundle / INITIAL),
-        min_clients=options.n_clients,
+        min_clients=options.n_hosts or options.n_clients,
         num_rounds=options.num_rounds,
         train_script="client.py",
     )
@@ -60,27 +63,47 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
     vars(controller)["_start_round" if hasattr(controller, "_start_round") else "start_round"] = start.first_round
     recipe.add_client_file(str(run.bundle))
     _app(recipe, ALL_SITES).executors = []
-    recipe._job.to_clients(SiteHost(send_difference=options.algorithm == "fedopt"), tasks=["*"])
+    recipe._job.to_clients(SiteHost(), tasks=["*"])
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
-    recipe._job.to_server(FinalEvaluation(options.n_clients), id="final_evaluation")  # there is no public method
+    hosted, sampled = len(hosts(options)) < options.n_clients, options.sites_per_round is not None
+    evaluation = FinalEvaluation(options.evaluate_sites or options.n_clients, hosted, sampled)
+    recipe._job.to_server(evaluation, id="final_evaluation")  # there is no public method
     images = {site: {part: len(own) for part, own in parts.items()} for site, parts in distribution.sites.items()}
-    answer_check = AnswerCheck(options.algorithm, options.classes, start.first_round, images or None)
+    answer_check = AnswerCheck(options.algorithm, options.classes, start.first_round, images or None, hosted)
     recipe._job.to_server(answer_check, id="answer_check")
-    recipe._job.to_server(AuditLog(), id="audit_log")
-    if options.env != "sim":  # simulated clients that take turns have no process in between; see simulator.py
+    recipe._job.to_server(AuditLog(hosted), id="audit_log")
+    sizes = {AppConstants.TASK_TRAIN: options.sites_per_round, AppConstants.TASK_VALIDATION: options.evaluate_sites}
+    if sizes := {task: size for task, size in sizes.items() if size}:
+        recipe._job.to_server(Cohort(options.seed, sizes, list(images) or None), id="cohort")
+    if options.env != "sim":  # there, simulator.py notices a process that is gone
         recipe.add_server_config(DEAD_CLIENT_TIMING)
         recipe._job.to_server(HeartbeatMonitor(options.site_timeout), id="heartbeat_monitor")
     return recipe
 
 
+def notes(options: Options, run: RunFolder) -> list[str]:
+    """Messages for the user: who takes part, in how many processes, and what SCAFFOLD keeps on disk."""
+    found, n_hosts = [], len(hosts(options))
+    if options.env != "prod" and n_hosts < options.n_clients:
+        found.append(f"{n_hosts} {'process runs' if n_hosts == 1 else 'processes run'} the sites, one after the other")
+    if options.sites_per_round:
+        found.append(f"each round trains {options.sites_per_round} random sites of {options.n_clients}")
+    if options.evaluate_sites:
+        found.append(f"{options.evaluate_sites} random sites of {options.n_clients} evaluate the final model")
+    if options.algorithm == "scaffold":
+        size = (run.bundle / INITIAL).stat().st_size * options.n_clients / 1e6
+        found.append(f"SCAFFOLD keeps a control variate for each site on disk, {size:,.0f} MB in all")
+    return found
+
+
 def fedavg(options: Options, **shared: Any) -> FedAvgRecipe:
     """McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"."""
-    return FedAvgRecipe(aggregator=OrderedMean(options.n_clients), **_early_stopping(options), **shared)
+    return FedAvgRecipe(aggregator=WeightedMean(_sites_per_round(options)), **_early_stopping(options), **shared)
 
 
 def fedprox(options: Options, **shared: Any) -> FedProxRecipe:
     """Li et al. 2020, "Federated Optimization in Heterogeneous Networks": mu pulls toward the global model."""
-    own = {"aggregator": OrderedMean(options.n_clients), "fedprox_mu": options.fedprox_mu}
+    own = {"aggregator": WeightedMean(_sites_per_round(options)), "fedprox_mu": options.fedprox_mu}
     return FedProxRecipe(**own, **_early_stopping(options), **shared)
 
 
@@ -91,7 +114,8 @@ def scaffold(options: Options, **shared: Any) -> ScaffoldRecipe:
     variate larger than its mean gradient.
     """
     recipe = ScaffoldRecipe(**shared)
-    own = OrderedScaffold(num_clients=options.n_clients, num_rounds=options.num_rounds)
+    sizes = {"n_sites": _sites_per_round(options), "n_all": options.n_clients}
+    own = ExactScaffold(**sizes, num_clients=shared["min_clients"], num_rounds=options.num_rounds)
     _app(recipe, "server").workflows[0].controller = own  # the recipe takes no aggregator
     return recipe
 
@@ -104,7 +128,8 @@ def fedopt(options: Options, **shared: Any) -> FedOptRecipe:
     sgd = {"lr": options.server_learning_rate, "momentum": options.server_momentum}
     optimizer = {"path": "torch.optim.SGD", "args": sgd}
     shared["model"] = make_model(options)  # this recipe needs an object
-    recipe = FedOptRecipe(aggregator=OrderedMean(options.n_clients), optimizer_args=optimizer, device="cpu", **shared)
+    aggregator = WeightedMean(_sites_per_round(options))
+    recipe = FedOptRecipe(aggregator=aggregator, optimizer_args=optimizer, device="cpu", **shared)
     # NVFlare exports an object by its class name: this one has to name the factory.
     _app(recipe, "server").components["model"] = type("make_model", (), {"__module__": "trainer"})()
     recipe._job.to_server(StartFromCheckpoint(), id="start_from_checkpoint")
@@ -112,6 +137,10 @@ def fedopt(options: Options, **shared: Any) -> FedOptRecipe:
 
 
 ALGORITHMS = {"fedavg": fedavg, "fedprox": fedprox, "scaffold": scaffold, "fedopt": fedopt}
+
+
+def _sites_per_round(options: Options) -> int:
+    return options.sites_per_round or options.n_clients
 
 
 def _early_stopping(options: Options) -> dict[str, Any]:

@@ -85,10 +85,12 @@ class Start:
             fault = f"its model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
             raise UserError(f"--resume {self.run}: {fault}") from None
 
-    def note(self, options: Options) -> str:
-        """A message for the user: which state restarts, and how the learning-rate schedule has changed, if it has."""
+    def notes(self, options: Options) -> list[str]:
+        """Messages for the user: which state restarts, and how the learning-rate schedule has changed, if it has."""
+        if not self.run:
+            return []
         restarts = RESTARTS.get(options.algorithm, "the sites' optimizers start fresh in every round anyway")
-        text = f"resuming runs/{self.run} after round {self.first_round}\n{restarts}"
+        notes = [f"resuming runs/{self.run} after round {self.first_round}", restarts]
         if options.total_rounds != self.planned_rounds:
-            text += f"\na learning-rate schedule now spans {options.total_rounds} rounds, not {self.planned_rounds}"
-        return text
+            notes.append(f"a learning-rate schedule now spans {options.total_rounds} rounds, not {self.planned_rounds}")
+        return notes

@@ -8,28 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 
 from federation.errors import RunError
 from federation.launch.display import Follow
 from federation.launch.fork_server import forked_clients
+from federation.launch.machine import FORKS
 from federation.launch.nvflare_log import dead_client, has_stopped, root_cause
 from federation.launch.watchdog import SIGNALS, guard
-from federation.protocol import EVALUATION
+from federation.protocol import EVALUATION, read_json_lines
 from federation.run.folder import PROJECT, RunFolder
+from federation.site.partition import hosts
 from settings import Options
 
-FORKS = sys.platform == "linux"  # forking is unsafe elsewhere, and with CUDA anywhere
-FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes per client process; measured with LitNet: 0.2 and 1.1 GB
 POLL_S = 0.2
-
-
-def threads_per_client(n_clients: int) -> int:
-    """This machine's cores per client. If every client used all of them, each would run three times slower."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // n_clients)
 
 
 def simulate(run: RunFolder, options: Options, environment: dict[str, str], follow: Follow) -> None:
@@ -45,19 +38,16 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
         RunError: a site failed or died.
         KeyboardInterrupt: passed on after all processes have ended.
     """
-    n_gpus = min(torch.cuda.device_count(), options.n_clients) if options.gpu else 0
+    clients = [*hosts(options)]
+    n_gpus = min(torch.cuda.device_count(), len(clients)) if options.gpu else 0
     forked = FORKS and not n_gpus
-    fitting = int(psutil.virtual_memory().available / (FORKED_MEMORY if forked else STARTED_MEMORY))
-    at_once = min(options.n_threads or max(1, fitting), options.n_clients)
-    if at_once < options.n_clients:
-        why = "--n_threads" if options.n_threads else "limited by memory"
-        print(f"{options.n_clients} sites run {at_once} at a time ({why}); each task starts a process")
     arguments = {
         "job_folder": str(run.job),
         "workspace": str(run.workspace),
-        "n_clients": options.n_clients,
-        "max_clients": options.n_clients,
-        "threads": at_once,
+        "clients": ",".join(clients),
+        "n_clients": len(clients),
+        "max_clients": len(clients),
+        "threads": len(clients),
         "gpu": ",".join(map(str, range(n_gpus))) or None,
         "log_config": "concise",
     }
@@ -76,12 +66,19 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
             running = simulator.is_alive()
             follow(log.read(), run.rounds())
             if died := dead_client(run.workspace / "server" / "error_log.txt"):
-                raise RunError(root_cause(run.workspace) or f"{died} died: its process is gone")
+                raise RunError(root_cause(run.workspace) or death(run, died))
             if (run.server / EVALUATION).exists() and has_stopped(run.site_log("server")):
                 return
             simulator.join(POLL_S)
     if simulator.exitcode != 0:
         raise RunError(root_cause(run.workspace) or f"the simulator ended with exit code {simulator.exitcode}")
+
+
+def death(run: RunFolder, client: str) -> str:
+    """Say that a client's process is gone, and for a host, at which of its sites."""
+    sites = [record["site"] for record in read_json_lines(run.progress(client)) if "site" in record]
+    at = f" at {sites[-1]}" if sites and sites[-1] != client else ""
+    return f"{client} died{at}: its process is gone"
 
 
 def _run_simulator(arguments: dict[str, Any], log: Path, forked: bool, environment: dict[str, str]) -> None:

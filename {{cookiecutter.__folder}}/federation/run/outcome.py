@@ -42,7 +42,8 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
     evaluation = json.loads((server / protocol.EVALUATION).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
     reports, best_reports = (dict(sorted(model["sites"].items(), key=_by_number)) for model in (final, best))
-    lost = sorted(set(sites) - set(reports))
+    cohorts = {record["round"]: record["sites"] for record in read_json_lines(server / protocol.COHORTS)}
+    lost = sorted(set(cohorts.get(None, sites)) - set(reports))
     rejected = read_json_lines(server / protocol.REJECTED)
     silent = [site for site in lost if site not in {record["site"] for record in rejected}]
     if silent and options.env == "sim":
@@ -53,15 +54,22 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
     if (server / protocol.AUDIT_LOG).exists():
         shutil.copy(server / protocol.AUDIT_LOG, run.audit_log)
     # In a round's record (from 0), sites validate the model that they received: the one before that round.
-    curve = {record["round"]: {site: own["metrics"] for site, own in record["sites"].items()} for record in rounds}
-    curve[final["round"]] = reports
-    images = {site: report[protocol.VAL_IMAGES] for site, report in reports.items()} | dict.fromkeys(lost, 0)
+    curve = {
+        record["round"]: {site: (own["metrics"], own["val"]) for site, own in record["sites"].items()}
+        for record in rounds
+    }
+    curve[final["round"]] = {site: (report, report[protocol.VAL_IMAGES]) for site, report in reports.items()}
+    asked = {number: sorted(cohorts.get(number, sites), key=lambda site: _by_number((site, None))) for number in curve}
+    asked[final["round"]] = [*reports, *lost]
+    validations = [_validation(number, own, asked[number], lost) for number, own in curve.items()]
+    for validation, record in zip(validations[1:], rounds, strict=True):
+        validation["participants"] = [*record["sites"]] if options.sites_per_round else None
     counts = {
         site: {name.removeprefix(protocol.HOLDS): n for name, n in report.items() if name.startswith(protocol.HOLDS)}
         for site, report in reports.items()
     }
     return {
-        "rounds": [_validation(number, metrics, images) for number, metrics in curve.items()],
+        "rounds": validations,
         "stopped_early": stopped_early,
         "test": _test(reports),
         "model": protocol.FINAL,
@@ -119,10 +127,20 @@ def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[str, int]) -> dict[str, Any]:
-    """Validation metrics after round `number`, weighted by images per site."""
+def _validation(
+    number: int, reports: dict[str, tuple[dict[str, Any], int]], asked: list[str], lost: list[str]
+) -> dict[str, Any]:
+    """Validation metrics after round `number`, weighted by images per site.
+
+    Args:
+        number: of the round.
+        reports: site -> its metrics, its number of validation images.
+        asked: the sites that were to validate this model.
+        lost: sites that were lost later; the means of all rounds exclude them.
+    """
     names = (protocol.METRIC, "val_loss")
-    accuracies, losses = ({site: metrics.get(site, {}).get(name) for site in images} for name in names)
+    accuracies, losses = ({site: reports.get(site, ({}, 0))[0].get(name) for site in asked} for name in names)
+    images = {site: 0 if site in lost else reports.get(site, ({}, 0))[1] for site in asked}
     mean = weighted_mean(accuracies, images)
     return {
         "round": number,
@@ -130,7 +148,8 @@ def _validation(number: int, metrics: dict[str, dict[str, Any]], images: dict[st
         "sites": accuracies,
         "loss": weighted_mean(losses, images),
         "losses": losses,
-        "missing": [] if mean is None else [site for site in images if accuracies[site] is None or not images[site]],
+        "missing": [] if mean is None else [site for site in asked if accuracies[site] is None or not images[site]],
+        "participants": None,
     }
 
 

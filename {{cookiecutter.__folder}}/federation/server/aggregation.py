@@ -1,34 +1,27 @@
-"""FedAvg's weighted mean, summed in the order of the sites' names.
+"""FedAvg's weighted mean on the server. The same answers give the same bits, whatever their order and grouping.
 
-NVFlare adds each result as it arrives, so the last bits of the sum depend on timing. Here the same results always give
-the same model, at the price of memory: the server keeps all results of a round until the last one has arrived.
+The server keeps all answers of a round until the last one has arrived.
 """
 
 from typing import Any
 
 from nvflare.apis.fl_context import FLContext
-from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
+from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.scaffold import Scaffold
 from nvflare.widgets.widget import Widget
 
-from federation.exchange import mean_answer
-from federation.protocol import VAL_IMAGES
+from federation.protocol import SITES
 from federation.server.answers import global_model, require_majority
-
-# In the meta of a mean: site -> `metrics` of the model that it received, and its numbers of `train` and `val` images.
-# FinalEvaluation removes and records it, because whatever stays in the meta is sent to all sites.
-SITES = "fl_sites"
+from federation.sums import CHANGE, Answers
 
 
-class OrderedMean(ModelAggregator):
-    """The mean of the sites' weights, each site weighted by its number of training images.
-
-    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1.
+class WeightedMean(ModelAggregator):
+    """The mean of the sites' weights, each site weighted by its number of training images; see sums.py.
 
     Args:
-        n_sites: number of sites that the job was sent to.
+        n_sites: number of sites that take part in a round.
     """
 
     def __init__(self, n_sites: int) -> None:
@@ -46,20 +39,30 @@ class OrderedMean(ModelAggregator):
             self.results[name] = model
 
     def aggregate_model(self) -> FLModel:
-        require_majority(len(self.results), self.n_sites, self.fl_ctx)
-        return _add_sites(mean_answer(self.results), self.results)
+        return mean_of(self.results, self.n_sites, self.fl_ctx)
 
 
-class OrderedScaffold(Scaffold):
-    """SCAFFOLD's controller, with weights and control variates summed in the order of the sites' names.
+class ExactScaffold(Scaffold):
+    """SCAFFOLD's controller, with the same arithmetic as `WeightedMean`.
 
-    A lost site's share of the global control variate stays as it was.
+    The global control variate changes by |S|/N times the mean change of the sites, where S of N sites took part
+    (Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", algorithm 1).
+
+    Args:
+        n_sites: number of sites that take part in a round.
+        n_all: number of all sites, N.
     """
+
+    def __init__(self, n_sites: int, n_all: int, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.n_sites, self.n_all = n_sites, n_all
 
     def aggregate(self, results: list[FLModel], aggregate_fn: Any = None) -> FLModel:
         usable = {result.meta["client_name"]: result for result in results if result.params}
-        require_majority(len(usable), self.num_clients, self.fl_ctx)
-        return super().aggregate(list(usable.values()), lambda _: _add_sites(mean_answer(usable, aggregate_fn), usable))
+        mean = mean_of(usable, self.n_sites, self.fl_ctx)
+        share = len(mean.meta[SITES]) / self.n_all
+        mean.meta[CHANGE] = {name: change * change.dtype.type(share) for name, change in mean.meta[CHANGE].items()}
+        return super().aggregate(list(usable.values()), lambda _: mean)
 
 
 class StartFromCheckpoint(Widget):
@@ -75,14 +78,22 @@ class StartFromCheckpoint(Widget):
             fl_ctx.get_engine().get_component("model").load_state_dict(global_model(fl_ctx))
 
 
-def _add_sites(mean: FLModel, results: dict[str, FLModel]) -> FLModel:
-    """Note in a mean's meta what it was computed from."""
-    mean.meta[SITES] = {
-        name: {
-            "metrics": result.metrics or {},
-            "train": result.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND),
-            "val": result.meta.get(VAL_IMAGES, 0),
-        }
-        for name, result in sorted(results.items())
-    }
-    return mean
+def mean_of(results: dict[str, FLModel], n_sites: int, fl_ctx: FLContext) -> FLModel:
+    """The mean of what sites and hosts sent.
+
+    Args:
+        results: client -> its answer, checked and not empty.
+        n_sites: number of sites that take part in the round.
+        fl_ctx: NVFlare's context.
+
+    Raises:
+        RunError: no more than half of the sites sent a usable answer.
+    """
+    total = Answers()
+    for client, answer in results.items():
+        if SITES in answer.meta:
+            total.add_host(answer)
+        else:
+            total.add_site(client, answer)
+    require_majority(len(total.sites), n_sites, fl_ctx)
+    return total.mean()

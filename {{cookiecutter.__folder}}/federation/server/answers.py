@@ -6,7 +6,6 @@ model is not finite, the run ends at once.
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
@@ -15,25 +14,25 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
-from nvflare.app_common.abstract.fl_model import MetaKey
 from nvflare.app_common.abstract.model import ModelLearnableKey
-from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from federation.errors import RunError
-from federation.exchange import count_fault, metric_fault, specs_of, tensor_fault
+from federation.exchange import SiteCheck, TensorSpecs, specs_of, tensor_fault
 from federation.protocol import (
+    COHORT,
     FAILURE,
     FINAL,
-    HOLDS,
+    LEFT_OUT,
     REJECTED,
-    TEST_IMAGES,
-    VAL_IMAGES,
+    SITES,
     append_json,
     read_json_lines,
     save_tensors,
     write_json,
 )
+from federation.sums import LOW
 
 DIVERGENCE_HINT = "lower --learning_rate, or with fedopt --server_learning_rate"  # if training diverged
 MAX_REASONS = 3  # in a message
@@ -43,8 +42,8 @@ class AnswerCheck(FLComponent):
     """Checks each answer of a site on arrival, and the global model after each round.
 
     An answer that fails is emptied, so that every workflow ignores it, and recorded in `rejected.jsonl`: its `round`
-    (from 0; null for an evaluation), `site`, `task` and the `reason`. `final.pt` is the global model after the last
-    round in which it was finite.
+    (from 0; null for an evaluation), `site`, `task` and the `reason`. So are those that a host has left out. `final.pt`
+    is the global model after the last round in which it was finite.
 
     Args:
         algorithm: job.py's `--algorithm`.
@@ -52,16 +51,23 @@ class AnswerCheck(FLComponent):
         first_round: number of the first round.
         images: site -> its numbers of `train`, `val` and `test` images, if known in advance, as in a simulation.
             Otherwise each site reports them with its first answer.
+        hosted: whether each client is a host, which answers for several sites (site/host.py).
     """
 
     def __init__(
-        self, algorithm: str, classes: list[str], first_round: int = 0, images: dict[str, dict[str, int]] | None = None
+        self,
+        algorithm: str,
+        classes: list[str],
+        first_round: int = 0,
+        images: dict[str, dict[str, int]] | None = None,
+        hosted: bool = False,
     ):
         super().__init__()
         self.algorithm, self.classes, self.first_round, self.images = algorithm, classes, first_round, images
-        self.announced = {site: dict(counts) for site, counts in (images or {}).items()}
+        self.hosted = hosted
+        self.check = SiteCheck(algorithm, classes, images)
         self.round = first_round
-        self.specs: Any = {}
+        self.specs: TensorSpecs = {}
         self.lock = threading.Lock()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -80,67 +86,47 @@ class AnswerCheck(FLComponent):
                 self.system_panic(reason, fl_ctx)
 
     def _check(self, answer: Shareable, fl_ctx: FLContext) -> None:
-        site = fl_ctx.get_peer_context().get_identity_name()
+        client = fl_ctx.get_peer_context().get_identity_name()
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
+        round_ = self.round if task == AppConstants.TASK_TRAIN else None
+        if answer.get_header(COHORT) == []:  # none of its sites takes part
+            return
         with self.lock:
             if has_failed := answer.get_return_code(ReturnCode.OK) != ReturnCode.OK:
                 reason: str | None = "its task failed, and its own log says why"
             else:
                 try:
-                    reason = self.find_fault(site, task, answer)
+                    if self.hosted:
+                        reason = self._host_fault(task, answer)
+                        for site, fault in from_shareable(answer).meta[LEFT_OUT].items():
+                            self._reject(site, task, round_, fault, fl_ctx)
+                    else:
+                        reason = self.check.find_fault(client, task, answer, self.specs, round_)
                 except Exception as error:  # NVFlare would use the answer all the same
                     reason = f"it cannot be checked ({type(error).__name__}: {error})"
             if reason:
-                round_ = self.round if task == AppConstants.TASK_TRAIN else None
-                record = {"round": round_, "site": site, "task": task, "reason": reason}
-                append_json(run_folder(fl_ctx) / REJECTED, record)
-                self.log_warning(fl_ctx, f"rejected the answer of {site}: {reason}")
+                self._reject(client, task, round_, reason, fl_ctx)
                 if not has_failed:  # NVFlare handles a failed task itself
                     DXO(DataKind.WEIGHTS, data={}).update_shareable(answer)
 
-    def find_fault(self, site: str, task: str, answer: Shareable) -> str | None:
-        """Say in a few words what is wrong with an answer, or None."""
+    def _host_fault(self, task: str, answer: Shareable) -> str | None:
+        """What is wrong with a host's answer. The host has checked its sites' weights, of which this is the sum."""
         content = from_shareable(answer)
-        if task == AppConstants.TASK_TRAIN:
-            return self._training_fault(site, answer, content)
-        if content.data_kind != DataKind.METRICS:
-            return "its metrics are missing"
-        return self._evaluation_fault(site, content.data)
+        if task != AppConstants.TASK_TRAIN:
+            faults = (self.check.evaluation_fault(site, own) for site, own in content.data.items())
+            return next(filter(None, faults), None)
+        if not content.meta[SITES]:  # it has left out all of them
+            return None
+        sums = {name: (shape, "float64") for name, (shape, _) in self.specs.items()}
+        for site, own in content.meta[SITES].items():
+            counts = {part: own[part] for part in ("train", "val")}
+            if fault := self.check.training_fault(site, own["metrics"], counts):
+                return f"{site}: {fault}"
+        return tensor_fault(content.data, sums) or tensor_fault(content.meta[LOW], sums)
 
-    def _training_fault(self, site: str, answer: Shareable, content: DXO) -> str | None:
-        meta = content.meta
-        if (number := answer.get_header(AppConstants.CURRENT_ROUND)) != self.round:
-            return f"it is for round {number}, not {self.round}"
-        kind = DataKind.WEIGHT_DIFF if self.algorithm == "fedopt" else DataKind.WEIGHTS
-        if content.data_kind != kind:  # the first answer's kind would apply to the whole mean
-            return f"its data kind is not {kind.value}"
-        counts = {"train": meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND), "val": meta.get(VAL_IMAGES)}
-        controls = meta.get(AlgorithmConstants.SCAFFOLD_CTRL_DIFF)
-        return (
-            tensor_fault(content.data, self.specs)
-            or metric_fault(meta.get(MetaKey.INITIAL_METRICS))
-            or (tensor_fault(controls, self.specs, complete=False) if self.algorithm == "scaffold" else None)
-            or self._count_fault(site, counts)
-        )
-
-    def _evaluation_fault(self, site: str, metrics: Any) -> str | None:
-        if fault := metric_fault(metrics):
-            return fault
-        for name in metrics:
-            if name.startswith(HOLDS):
-                if (class_ := name.removeprefix(HOLDS)) not in self.classes:
-                    return f"it counts images of an unknown class {class_!r}"
-                if fault := count_fault(name, metrics[name], 0, None):
-                    return fault
-        return self._count_fault(site, {"val": metrics.get(VAL_IMAGES), "test": metrics.get(TEST_IMAGES)})
-
-    def _count_fault(self, site: str, counts: dict[str, Any]) -> str | None:
-        announced = self.announced.setdefault(site, {})
-        for part, count in counts.items():
-            if fault := count_fault(f"its number of {part} images", count, int(part == "train"), announced.get(part)):
-                return fault
-        self.announced[site] = {**counts, **announced}
-        return None
+    def _reject(self, site: str, task: str, round_: int | None, reason: str, fl_ctx: FLContext) -> None:
+        append_json(run_folder(fl_ctx) / REJECTED, {"round": round_, "site": site, "task": task, "reason": reason})
+        self.log_warning(fl_ctx, f"rejected the answer of {site}: {reason}")
 
 
 def require_majority(n_answers: int, n_sites: int, fl_ctx: FLContext, evaluation: bool = False) -> None:

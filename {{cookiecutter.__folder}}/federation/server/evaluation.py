@@ -3,7 +3,8 @@
 The best model is the aggregate with the highest validation accuracy, including the last one; ties go to the latest.
 The sites validate every aggregate except the last at the beginning of the next round, so the best of those is known
 before the end. It is tested only if the last one validates worse. Two models are compared on the sites that validated
-both: once a site is lost, a mean over the others cannot be compared with a mean over all.
+both: once a site is lost, a mean over the others cannot be compared with a mean over all. With a random cohort in each
+round, hardly any site validates both, and the means over the cohorts are compared.
 """
 
 import time
@@ -28,6 +29,7 @@ from federation.protocol import (
     PROGRESS,
     REJECTED,
     ROUNDS,
+    SITES,
     STARTING,
     VAL_IMAGES,
     append_json,
@@ -35,7 +37,6 @@ from federation.protocol import (
     save_tensors,
     write_json,
 )
-from federation.server.aggregation import SITES
 from federation.server.answers import global_model, require_majority, run_folder
 
 Validation = dict[str, tuple[dict[str, Any], int]]  # site -> a model's metrics, number of validation images
@@ -55,12 +56,14 @@ class FinalEvaluation(ModelController):
     - `progress.jsonl`: when the run started and when it was done, in the sites' format (site/progress.py).
 
     Args:
-        n_sites: number of sites that the job was sent to.
+        n_sites: number of sites that evaluate a model.
+        hosted: whether each client is a host, which answers for several sites (site/host.py).
+        sampled: whether a random cohort takes part in each round.
     """
 
-    def __init__(self, n_sites: int) -> None:
+    def __init__(self, n_sites: int, hosted: bool = False, sampled: bool = False) -> None:
         super().__init__()
-        self.n_sites = n_sites
+        self.n_sites, self.hosted, self.sampled = n_sites, hosted, sampled
         self.n_aggregations = 0
         self.best_round = 0
         self.best: Validation = {}
@@ -85,7 +88,7 @@ class FinalEvaluation(ModelController):
         rejected = [record for record in read_json_lines(folder / REJECTED) if record["round"] == began]
         metrics = mean_metrics(list(validation.values()))
         append_json(folder / ROUNDS, {"round": began, "metrics": metrics, "sites": sites, "rejected": rejected})
-        if began > 0 and is_at_least_as_good(validation, self.best):  # 0: untrained
+        if began > 0 and is_at_least_as_good(validation, self.best, self.sampled):  # 0: untrained
             self.best_round, self.best = began, validation
             save_tensors(folder / BEST, global_model(fl_ctx))
 
@@ -94,7 +97,7 @@ class FinalEvaluation(ModelController):
         final = self.evaluate(torch.load(folder / FINAL, weights_only=True), self.n_aggregations)
         report = {"final": final, "best": final}
         validation = {site: (metrics, metrics[VAL_IMAGES]) for site, metrics in final["sites"].items()}
-        if self.best and not is_at_least_as_good(validation, self.best):
+        if self.best and not is_at_least_as_good(validation, self.best, self.sampled):
             report["best"] = self.evaluate(torch.load(folder / BEST, weights_only=True), self.best_round)
         write_json(folder / EVALUATION, report)
         self._announce(DONE, self.fl_ctx)
@@ -111,20 +114,29 @@ class FinalEvaluation(ModelController):
         weights = {name: weight.numpy() for name, weight in model.items()}
         data = FLModel(params_type=ParamsType.FULL, params=weights)
         results = self.send_model_and_wait(task_name=AppConstants.TASK_VALIDATION, data=data)
-        sites = {result.meta["client_name"]: result.metrics for result in results if result.metrics}
+        sites: dict[str, Any] = {}
+        for result in results:
+            if result.metrics:
+                sites |= result.metrics if self.hosted else {result.meta["client_name"]: result.metrics}
         require_majority(len(sites), self.n_sites, self.fl_ctx, evaluation=True)
         accuracy = mean_metrics([(sites[name], sites[name][VAL_IMAGES]) for name in sorted(sites)]).get(METRIC)
         return {"round": n_aggregations, "accuracy": accuracy, "sites": sites}
 
 
-def is_at_least_as_good(new: Validation, old: Validation) -> bool:
+def is_at_least_as_good(new: Validation, old: Validation, sampled: bool = False) -> bool:
     """Whether a model validates at least as well as another, on the sites that validated both.
 
     True if there is nothing to compare with; False if the new model was not validated.
+
+    Args:
+        new: its validation.
+        old: that of the other model.
+        sampled: compare the means over all sites of each, because they are random samples.
     """
     new, old = ({site: own for site, own in model.items() if METRIC in own[0] and own[1]} for model in (new, old))
-    common = sorted(new.keys() & old.keys())
-    if not new or not common:
+    common = [*(new.keys() & old.keys())]
+    if not new or not (old if sampled else common):
         return bool(new)
-    accuracies = [mean_metrics([model[site] for site in common])[METRIC] for model in (new, old)]
-    return accuracies[0] >= accuracies[1]
+    rivals = ([model[site] for site in sorted(model if sampled else common)] for model in (new, old))
+    accuracy, other = (mean_metrics(rival)[METRIC] for rival in rivals)
+    return accuracy >= other

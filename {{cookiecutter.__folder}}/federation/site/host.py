@@ -1,17 +1,23 @@
 """NVFlare's executor at every site, in simulator, POC and production: a task is a call of `client.main`.
 
-Nothing outlives a task by accident. What has to, SCAFFOLD's control variate of each site, is a file.
+A real site runs in a process of its own. In a simulation, a process can be a host: it runs its share of the sites, one
+after the other, and answers for all of them. Nothing outlives a task by accident; what must, SCAFFOLD's control variate
+of each site, is a file.
 """
 
 import contextlib
 import io
+import json
 import logging
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.fl_constant import ReturnCode
@@ -26,87 +32,158 @@ from nvflare.client import api as client_api
 from nvflare.client.utils import numerical_params_diff
 
 import client
-from federation.exchange import add_up
-from federation.protocol import PROGRESS, STARTING, WAITING, save_tensors
+from federation.exchange import SiteCheck, describe, specs_of
+from federation.protocol import COHORT, DESCRIBED, LEFT_OUT, PROGRESS, STARTING, WAITING, append_json, save_tensors
+from federation.site.partition import hosts
 from federation.site.progress import announce
+from federation.sums import CHANGE, Answers
 from settings import Options
 
-GLOBAL_VARIATE, CHANGE = AlgorithmConstants.SCAFFOLD_CTRL_GLOBAL, AlgorithmConstants.SCAFFOLD_CTRL_DIFF
+LOGGED_SITES = 8  # of a host: what client.py prints for others is dropped, or logs would grow with the number of sites
+GLOBAL_VARIATE = AlgorithmConstants.SCAFFOLD_CTRL_GLOBAL
+
+# `flare.init` and `flare.patch` find the Client API of the task, and NVFlare warns about that each time.
+logging.getLogger().addFilter(lambda record: "called init() more than once" not in str(record.msg))
 
 
 class SiteHost(Executor):
-    """Does each task for a list of sites, one after the other, and answers for all of them.
+    """Does each task for a site, or for the sites of a host, one after the other."""
 
-    Args:
-        sites: their names; None: the one site that this process stands for.
-        send_difference: whether the answer is the change of the weights, not the weights.
-    """
-
-    def __init__(self, sites: list[str] | None = None, send_difference: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.sites, self.send_difference = sites, send_difference
         self.folder = Path()
+        self.sites: list[str] = []
+        self.is_host = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
             self.folder = Path(fl_ctx.get_engine().get_workspace().get_log_root(fl_ctx.get_job_id()))
             announce(self.folder / PROGRESS, STARTING)
-            if threads := Options.of_job().threads:
-                torch.set_num_threads(threads)
+            options, name = Options.of_job(), fl_ctx.get_identity_name()
+            self.sites = hosts(options).get(name, [name]) if options.env != "prod" else [name]
+            self.is_host = self.sites != [name]
+            self.check = SiteCheck(options.algorithm, options.classes)
+            self.send_difference = options.algorithm == "fedopt"
+            if options.threads:
+                torch.set_num_threads(options.threads)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        cohort = shareable.get_header(COHORT)
+        sites = self.sites if cohort is None else sorted(set(cohort) & set(self.sites), key=self.sites.index)
+        if not sites:
+            answer = DXO(DataKind.WEIGHTS, data={}).to_shareable()
+            answer.set_header(COHORT, [])
+            return answer
+        received, site = FLModelUtils.from_shareable(shareable), ""
         try:
-            model = FLModelUtils.from_shareable(shareable)
-            with contextlib.redirect_stdout(_Log()):
-                sites = self.sites or [fl_ctx.get_identity_name()]
-                answers = {site: self._answer(site, task_name, model, fl_ctx) for site in sites}
-            answer = FLModelUtils.to_shareable(add_up(answers) if len(answers) > 1 else answers[sites[0]])
+            answers = _Together(task_name, received, self.check)
+            for number, site in enumerate(sites, start=1):
+                if abort_signal.triggered:
+                    return make_reply(ReturnCode.TASK_ABORTED)
+                place = {"site": site, "number": number, "sites": len(sites)}
+                append_json(self.folder / PROGRESS, {"time": time.time(), **place})
+                with contextlib.redirect_stdout(_Log() if number <= LOGGED_SITES else io.StringIO()):
+                    answer = self._answer(site, task_name, received, fl_ctx)
+                if self.is_host:
+                    answers.add(site, answer)
         except Exception:  # whatever a user's files raise
-            self.log_error(fl_ctx, traceback.format_exc(), fire_event=False)
+            self.log_error(fl_ctx, f"{site}: {traceback.format_exc()}", fire_event=False)
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         finally:
             announce(self.folder / PROGRESS, WAITING)
-        answer.set_header(AppConstants.CURRENT_ROUND, shareable.get_header(AppConstants.CURRENT_ROUND))
-        return answer
+        message = FLModelUtils.to_shareable(answers.as_answer() if self.is_host else answer)
+        message.set_header(AppConstants.CURRENT_ROUND, shareable.get_header(AppConstants.CURRENT_ROUND))
+        return message
 
     def _answer(self, site: str, task: str, received: FLModel, fl_ctx: FLContext) -> FLModel:
-        """Call `client.main` for one site, with a Client API that hands out one task, takes one answer, and is over."""
-        variates = _Variates(self.folder / f"{site}.variate.pt")
-        params = {name: torch.as_tensor(value) for name, value in received.params.items()}
-        meta = variates.given_to_the_helper(received.meta)
-        model = FLModel(
-            params_type=received.params_type, params=params, current_round=received.current_round, meta=meta
-        )
-        answers: list[FLModel] = []
-
         def log(key: str, value: Any, data_type: Any, **details: Any) -> None:
-            send_analytic_dxo(self, create_analytic_dxo(key, value, data_type, **details), fl_ctx)
+            tag = f"{site}/{key}" if self.is_host else key
+            send_analytic_dxo(self, create_analytic_dxo(tag, value, data_type, **details), fl_ctx)
 
-        api = SimpleNamespace(
-            receive=lambda timeout: model,
-            send=lambda answer, clear_cache: answers.append(answer),
-            is_running=lambda: not answers,
-            is_train=lambda: task == AppConstants.TASK_TRAIN,
-            is_evaluate=lambda: task == AppConstants.TASK_VALIDATION,
-            is_submit_model=lambda: False,
-            get_site_name=lambda: site,
-            get_task_name=lambda: task,
-            get_config=lambda: {PROGRESS: self.folder / PROGRESS},
-            system_info=lambda: {"site_name": site},
-            log=log,
-            clear=lambda: None,
-        )
-        client_api.default_context = client_api.context_dict["0", None] = SimpleNamespace(api=api)
-        client.main()
-        if not answers:
-            raise RuntimeError("client.py sent no answer")
-        answer = answers[0]
-        if answer.params is not None:
-            if self.send_difference:
-                answer.params = numerical_params_diff(params, answer.params)
-                answer.params_type = ParamsType.DIFF
-            answer.params = {name: value.detach().cpu().numpy() for name, value in answer.params.items()}
-        return variates.changed_by_the_helper(answer)
+        return call_client(site, task, received, self.folder, self.send_difference, log)
+
+
+def call_client(
+    site: str,
+    task: str,
+    received: FLModel,
+    folder: Path,
+    send_difference: bool = False,
+    log: Callable[..., None] = lambda *_, **__: None,
+) -> FLModel:
+    """Call `client.main` for a site, with a Client API that hands out one task, takes one answer, and is over.
+
+    Args:
+        site: its name.
+        task: NVFlare's name of the task.
+        received: the global model, as arrays or tensors.
+        folder: for what must outlive the task, and for the progress file.
+        send_difference: whether the answer is the change of the weights, not the weights.
+        log: called with a metric for the tracker: key, value, data type, details.
+
+    Raises:
+        RuntimeError: it sent no answer.
+    """
+    variates = _Variates(folder / f"{site}.variate.pt")
+    params = {name: torch.as_tensor(value) for name, value in received.params.items()}
+    meta = variates.given_to_the_helper(received.meta)
+    model = FLModel(params_type=received.params_type, params=params, current_round=received.current_round, meta=meta)
+    answers: list[FLModel] = []
+    api = SimpleNamespace(
+        receive=lambda timeout: model,
+        send=lambda answer, clear_cache: answers.append(answer),
+        is_running=lambda: not answers,
+        is_train=lambda: task == AppConstants.TASK_TRAIN,
+        is_evaluate=lambda: task == AppConstants.TASK_VALIDATION,
+        is_submit_model=lambda: False,
+        get_site_name=lambda: site,
+        get_task_name=lambda: task,
+        get_config=lambda: {PROGRESS: folder / PROGRESS},
+        system_info=lambda: {"site_name": site},
+        log=log,
+        clear=lambda: None,
+    )
+    client_api.default_context = client_api.context_dict["0", None] = SimpleNamespace(api=api)
+    client.main()
+    if not answers:
+        raise RuntimeError("client.py sent no answer")
+    answer = answers[0]
+    if answer.params is not None:
+        if send_difference:
+            answer.params = numerical_params_diff(params, answer.params)
+            answer.params_type = ParamsType.DIFF
+        answer.params = {name: value.detach().cpu().numpy() for name, value in answer.params.items()}
+    answer.current_round = received.current_round
+    return variates.changed_by_the_helper(answer)
+
+
+class _Together:
+    """The answers of a host's sites to a task: checked, described and added up one by one, so that none is kept."""
+
+    def __init__(self, task: str, received: FLModel, check: SiteCheck) -> None:
+        self.task, self.round, self.check = task, received.current_round, check
+        self.specs = specs_of(received.params)
+        self.trained = Answers()
+        self.evaluated: dict[str, Any] = {}  # site -> its metrics
+        self.left_out: dict[str, str] = {}  # site -> what is wrong with its answer
+        self.described: dict[str, dict[str, Any]] = {}  # description -> its record in the audit log
+
+    def add(self, site: str, answer: FLModel) -> None:
+        message = FLModelUtils.to_shareable(answer)
+        description = describe(message)
+        record = self.described.setdefault(json.dumps(description), {"sites": [], **description})
+        record["sites"].append(site)
+        if fault := self.check.find_fault(site, self.task, message, self.specs, self.round):
+            self.left_out[site] = fault
+        elif self.task == AppConstants.TASK_TRAIN:
+            self.trained.add_site(site, answer)
+        else:
+            self.evaluated[site] = answer.metrics
+
+    def as_answer(self) -> FLModel:
+        answer = self.trained.as_answer() if self.task == AppConstants.TASK_TRAIN else FLModel(metrics=self.evaluated)
+        answer.meta |= {LEFT_OUT: self.left_out, DESCRIBED: [*self.described.values()]}
+        return answer
 
 
 class _Variates:
@@ -135,7 +212,7 @@ class _Variates:
 
 
 class _Log(io.TextIOBase):
-    """What client.py prints, line by line in the site's log, with the time."""
+    """What client.py prints, line by line in the log, with the time."""
 
     rest = ""
 

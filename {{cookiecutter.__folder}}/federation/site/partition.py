@@ -22,6 +22,18 @@ def site_names(n_sites: int) -> list[str]:
     return [f"site-{i}" for i in range(1, n_sites + 1)]
 
 
+def hosts(options: Options) -> dict[str, list[str]]:
+    """Host -> the simulated sites that it runs. A host is a process, NVFlare's client; with one site, it has its name.
+
+    Args:
+        options: `n_clients` and `n_hosts` are used; without `n_hosts`, each site has a process of its own.
+    """
+    names, n_hosts = site_names(options.n_clients), options.n_hosts or options.n_clients
+    if n_hosts == len(names):
+        return {name: [name] for name in names}
+    return {f"host-{i + 1}": names[i::n_hosts] for i in range(n_hosts)}
+
+
 def split(
     train_labels: np.ndarray, test_labels: np.ndarray, site: str | None, options: Options
 ) -> dict[str, np.ndarray]:
