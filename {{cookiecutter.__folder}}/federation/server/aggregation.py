@@ -51,10 +51,14 @@ class ExactScaffold(Scaffold):
     Args:
         n_sites: number of sites that take part in a round.
         n_all: number of all sites, N.
+        num_clients: number of NVFlare's clients: of sites, or of hosts.
+        num_rounds: number of rounds.
+        start_round: number of the first round.
     """
 
-    def __init__(self, n_sites: int, n_all: int, **shared: Any) -> None:
-        super().__init__(**shared)
+    # NVFlare's export writes what it finds in this signature, and nothing of **arguments.
+    def __init__(self, n_sites: int, n_all: int, num_clients: int, num_rounds: int, start_round: int = 0) -> None:
+        super().__init__(num_clients=num_clients, num_rounds=num_rounds, start_round=start_round)
         self.n_sites, self.n_all = n_sites, n_all
 
     def aggregate(self, results: list[FLModel], aggregate_fn: Any = None) -> FLModel:
