@@ -119,7 +119,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     device = torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu"
     result = schema.compose(options, collected, device, time.monotonic() - STARTED, start.resumed, start.stages)
     try:  # before printing anything, so that no output error can lose the result
-        write_json(run.results, result, indent=2)
+        write_json(run.results, result, indent=1)
         if shared:
             write_json(run.partition, dataclasses.asdict(dataclasses.replace(distribution, counts=shared)))
     except OSError as error:

@@ -19,8 +19,9 @@ class Answers:
 
     Tensors are weighted by training images and added up in twice the precision of float64, as pairs of a high and a low
     part: the rounding error of each addition is kept (Joldes, Muller & Popescu 2017, "Tight and Rigorous Error Bounds
-    for Basic Building Blocks of Double-Word Arithmetic", algorithm 6). A sum is rounded once, in `mean`. McMahan et al.
-    2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1.
+    for Basic Building Blocks of Double-Word Arithmetic", algorithm 6). A sum is rounded once, in `mean`; it is exact
+    unless a weight differs between sites by a factor of more than 1e16. The mean is that of McMahan et al. 2017,
+    "Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1.
     """
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@
 import bdb
 import contextlib
 import tempfile
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ def run_task(options: Options, start: Start) -> None:
     assert options.debug
     options.threads = machine.n_threads(options.n_clients)
     torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.manual_seed(options.seed)
     weights = torch.load(start.model, weights_only=True) if start.model else make_model(options).state_dict()
     received = FLModel(params_type=ParamsType.FULL, params=weights, current_round=start.first_round)

@@ -70,6 +70,7 @@ def root_cause(workspace: Path) -> str:
             if "RunError" in error:
                 continue
             frames = re.findall(r'File ".*/custom/(.*)", line (\d+), in (\S+)\n *(.*)', traceback)
+            frames = [frame for frame in frames if frame[0] != "federation/site/host.py"] or frames
             where = "".join(f"\n  {file}, line {line}, in {name}: {code}" for file, line, name, code in frames)
             place = " ({}, line {})".format(*frames[-1][:2]) if frames else ""
             site = re.search(r" ([\w.-]+): $", prefix)  # from site/host.py

@@ -17,8 +17,8 @@ from federation.errors import RunError
 from federation.launch.display import Follow
 from federation.launch.nvflare_log import report_lost_sites, root_cause
 from federation.launch.session import COMPLETED, Server
-from federation.launch.simulator import death
 from federation.launch.watchdog import guard
+from federation.run import outcome
 from federation.run.folder import PROJECT, RunFolder
 from federation.site.partition import hosts
 from settings import Options
@@ -47,7 +47,7 @@ def run_poc(run: RunFolder, options: Options, environment: dict[str, str], follo
 
     def stop_if_one_died() -> None:
         if died := [name for name, process in processes.items() if process.poll() is not None]:
-            raise RunError("; ".join(death(run, name) for name in died))
+            raise RunError("; ".join(outcome.death(run, name) for name in died))
 
     def poll() -> None:
         new = log.read()
@@ -77,7 +77,8 @@ def run_poc(run: RunFolder, options: Options, environment: dict[str, str], follo
                 _link(run.site_log(site), kits / site / job_id / "log.txt")
             status = server.wait_for_job(job_id, poll)
             if status != COMPLETED:
-                raise RunError(root_cause(run.workspace) or f"NVFlare ended the job with {status}")
+                died = outcome.first_death(run, sites)
+                raise RunError(root_cause(run.workspace) or died or f"NVFlare ended the job with {status}")
             server.collect(job_id)
         shutil.copy(run.server / "log.txt", run.site_log("server"))  # where the simulator writes it
 

@@ -17,7 +17,8 @@ from federation.launch.fork_server import forked_clients
 from federation.launch.machine import FORKS
 from federation.launch.nvflare_log import dead_client, has_stopped, root_cause
 from federation.launch.watchdog import SIGNALS, guard
-from federation.protocol import EVALUATION, read_json_lines
+from federation.protocol import EVALUATION
+from federation.run import outcome
 from federation.run.folder import PROJECT, RunFolder
 from federation.site.partition import hosts
 from settings import Options
@@ -66,19 +67,12 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
             running = simulator.is_alive()
             follow(log.read(), run.rounds())
             if died := dead_client(run.workspace / "server" / "error_log.txt"):
-                raise RunError(root_cause(run.workspace) or death(run, died))
+                raise RunError(root_cause(run.workspace) or outcome.death(run, died))
             if (run.server / EVALUATION).exists() and has_stopped(run.site_log("server")):
                 return
             simulator.join(POLL_S)
     if simulator.exitcode != 0:
         raise RunError(root_cause(run.workspace) or f"the simulator ended with exit code {simulator.exitcode}")
-
-
-def death(run: RunFolder, client: str) -> str:
-    """Say that a client's process is gone, and for a host, at which of its sites."""
-    sites = [record["site"] for record in read_json_lines(run.progress(client)) if "site" in record]
-    at = f" at {sites[-1]}" if sites and sites[-1] != client else ""
-    return f"{client} died{at}: its process is gone"
 
 
 def _run_simulator(arguments: dict[str, Any], log: Path, forked: bool, environment: dict[str, str]) -> None:

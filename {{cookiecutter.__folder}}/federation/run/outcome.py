@@ -101,6 +101,23 @@ def failure(run: RunFolder, error: Exception, site_failed: bool) -> str:
     return f"{reason}{left}\nFull log: {run.log}"
 
 
+def death(run: RunFolder, process: str) -> str:
+    """Say that the process of a site or a host is gone, and for a host, at which of its sites."""
+    sites = [record["site"] for record in read_json_lines(run.progress(process)) if "site" in record]
+    at = f" at {sites[-1]}" if sites and sites[-1] != process else ""
+    return f"{process} died{at}: its process is gone"
+
+
+def first_death(run: RunFolder, processes: list[str]) -> str | None:
+    """The same for the process that stopped first in the middle of a task, if one did."""
+    busy = {}  # process -> when it was last heard of
+    for process in processes:
+        records = read_json_lines(run.progress(process))
+        if records and records[-1].get("phase") != protocol.WAITING:
+            busy[process] = records[-1]["time"]
+    return death(run, min(busy, key=busy.__getitem__)) if busy else None
+
+
 def find_fault(run: RunFolder, result: dict[str, Any], options: Options, sites: list[str]) -> str | None:
     """Say what is wrong with a run whose results.json is `result`, or None: did all sites report, did training work?"""
     if silent := [site for site in sites if site not in result["test"]["sites"]]:
@@ -145,12 +162,17 @@ def _validation(
     return {
         "round": number,
         "accuracy": mean,
-        "sites": accuracies,
+        "sites": _rounded(accuracies),
         "loss": weighted_mean(losses, images),
-        "losses": losses,
+        "losses": _rounded(losses),
         "missing": [] if mean is None else [site for site in asked if accuracies[site] is None or not images[site]],
         "participants": None,
     }
+
+
+def _rounded(values: dict[str, float | None]) -> dict[str, float | None]:
+    """The precision of float32, which is what models log: rounds x sites of them are most of results.json."""
+    return {site: value if value is None else round(value, 7) for site, value in values.items()}
 
 
 def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ from settings import Options
 LOGGED_SITES = 8  # of a host: what client.py prints for others is dropped, or logs would grow with the number of sites
 GLOBAL_VARIATE = AlgorithmConstants.SCAFFOLD_CTRL_GLOBAL
 
-# `flare.init` and `flare.patch` find the Client API of the task, and NVFlare warns about that each time.
+# Not in every task: Lightning's lines about devices, and NVFlare's warning that `flare.init` was called before.
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 logging.getLogger().addFilter(lambda record: "called init() more than once" not in str(record.msg))
 
 
