@@ -15,10 +15,12 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from federation.errors import RunError
-from federation.exchange import add_up, mean_metrics
-from federation.server.aggregation import SITES, OrderedMean
+from federation.exchange import mean_metrics
+from federation.protocol import SITES
+from federation.server.aggregation import WeightedMean
 from federation.server.answers import AnswerCheck
-from federation.server.evaluation import FinalEvaluation
+from federation.server.evaluation import FinalEvaluation, is_at_least_as_good
+from federation.sums import Answers
 
 IMAGES = {"site-1": 288, "site-2": 575, "site-10": 31, "site-3": 7, "site-4": 1}
 
@@ -37,7 +39,7 @@ def results(images=IMAGES) -> list[FLModel]:
 
 
 def mean_of(arriving: list[FLModel]) -> FLModel:
-    aggregator = OrderedMean(len(IMAGES))
+    aggregator = WeightedMean(len(IMAGES))
     for result in arriving:
         aggregator.accept_model(result)
     return aggregator.aggregate_model()
@@ -65,7 +67,7 @@ def test_the_mean_does_not_depend_on_the_order_of_arrival():
 
 def test_a_new_round_starts_from_zero():
     first, second = results(), results({"site-1": 5, "site-2": 6, "site-3": 7})
-    aggregator = OrderedMean(len(IMAGES))
+    aggregator = WeightedMean(len(IMAGES))
     for result in first:
         aggregator.accept_model(result)
     aggregator.reset_stats()
@@ -113,16 +115,21 @@ def test_a_mean_does_not_send_image_counts_to_the_sites():
     assert not {MetaKey.NUM_STEPS_CURRENT_ROUND, "val_images"} & meta.keys()
 
 
-def test_several_answers_can_be_combined_into_one():
-    """In two steps, the mean is the same up to rounding."""
+def test_a_hosts_sum_counts_like_its_sites():
+    """Bit for bit, whether the server adds up the sites or the sums of hosts."""
     sites = {result.meta["client_name"]: result for result in results()}
-    first, *others = sites
-    both = {"first": sites[first], "others": add_up({name: sites[name] for name in others})}
-    whole, in_steps = add_up(sites), add_up(both)
-    assert in_steps.meta[MetaKey.NUM_STEPS_CURRENT_ROUND] == sum(IMAGES.values())
-    assert in_steps.metrics == pytest.approx(whole.metrics)
-    for name, value in whole.params.items():
-        np.testing.assert_allclose(in_steps.params[name], value, rtol=1e-4, atol=1e-6)
+    sent = []
+    for names in (["site-1", "site-10", "site-4"], ["site-2", "site-3"]):
+        host = Answers()
+        for name in names:
+            host.add_site(name, sites[name])
+        sent.append(host.as_answer())
+        sent[-1].meta["client_name"] = f"host-{len(sent)}"
+    by_host, by_site = mean_of(sent), mean_of(results())
+    assert by_host.metrics == by_site.metrics
+    assert by_host.meta[SITES] == by_site.meta[SITES]
+    for name, value in by_site.params.items():
+        np.testing.assert_array_equal(by_host.params[name], value)
 
 
 def evaluate(folder, rounds: list[dict], final: dict, first_round: int = 0, n_sites: int = 2) -> tuple[dict, list]:
@@ -211,6 +218,14 @@ def test_two_models_are_compared_on_the_sites_that_validated_both(tmp_path):
     ]
     report, _ = evaluate(tmp_path, rounds, {"site-1": 0.7, "site-2": 0.7}, n_sites=3)
     assert report["best"]["round"] == 1
+
+
+def test_with_cohorts_two_models_are_compared_by_their_means():
+    first = {"site-1": ({"val_acc": 0.5}, 10), "site-2": ({"val_acc": 0.6}, 10)}
+    second = {"site-3": ({"val_acc": 0.5}, 10), "site-2": ({"val_acc": 0.4}, 10)}
+    assert is_at_least_as_good(first, second, sampled=True)
+    assert not is_at_least_as_good(second, first, sampled=True)
+    assert is_at_least_as_good(second, {}, sampled=True)
 
 
 def test_the_record_of_a_round_has_what_each_site_reported(tmp_path):

@@ -21,7 +21,7 @@ from nvflare.app_opt.pt.fedopt import PTFedOptModelShareableGenerator
 from federation.errors import UserError
 from federation.launch import options as command_line
 from federation.launch import recipes
-from federation.server.aggregation import OrderedScaffold, StartFromCheckpoint
+from federation.server.aggregation import ExactScaffold, StartFromCheckpoint
 from programs import Project
 from settings import ALGORITHMS
 from trainer import make_model
@@ -264,9 +264,17 @@ def test_fedopt_without_the_workaround_starts_from_other_weights():
     assert distance(given, after) > 100 * step  # once NVFlare fixes this, remove StartFromCheckpoint
 
 
-def test_scaffold_sums_in_the_order_of_site_names(monkeypatch):
+def scaffold_mean(monkeypatch, results: list[FLModel], n_all: int) -> FLModel:
+    controller = ExactScaffold(n_sites=len(results), n_all=n_all, num_clients=len(results), num_rounds=1)
+    controller.fl_ctx = None
+    for silenced in ("event", "fire_event_with_data", "info", "debug"):
+        monkeypatch.setattr(controller, silenced, lambda *_: None)
+    return controller.aggregate(results)
+
+
+def scaffold_results() -> list[FLModel]:
     random = np.random.RandomState(0)
-    results = [
+    return [
         FLModel(
             params={"w": random.randn(50, 20).astype(np.float32)},
             metrics={"val_acc": random.rand()},
@@ -279,20 +287,24 @@ def test_scaffold_sums_in_the_order_of_site_names(monkeypatch):
         )
         for i in range(1, 6)
     ]
-    from nvflare.app_common.workflows.scaffold import scaffold_aggregate_fn
 
-    controller = OrderedScaffold()
-    controller.fl_ctx = None
-    for silenced in ("event", "fire_event_with_data", "info", "debug"):
-        monkeypatch.setattr(controller, silenced, lambda *_: None)
-    bits = set()
+
+def test_scaffolds_sums_do_not_depend_on_the_order_of_arrival(monkeypatch):
+    results, bits = scaffold_results(), set()
     for order in itertools.permutations(results):
-        mean = controller.aggregate(list(order), scaffold_aggregate_fn)
+        mean = scaffold_mean(monkeypatch, list(order), n_all=5)
         control = mean.meta[AlgorithmConstants.SCAFFOLD_CTRL_DIFF]["w"]
         bits.add((mean.params["w"].tobytes(), control.tobytes(), mean.metrics["val_acc"]))
     assert len(bits) == 1
     expected = np.average([r.params["w"] for r in results], axis=0, weights=[10 * i + 3 for i in range(1, 6)])
     np.testing.assert_allclose(mean.params["w"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scaffolds_global_variate_moves_by_the_share_of_the_sites_that_took_part(monkeypatch):
+    all_took_part, half = (scaffold_mean(monkeypatch, scaffold_results(), n_all) for n_all in (5, 10))
+    np.testing.assert_array_equal(half.params["w"], all_took_part.params["w"])
+    changes = [mean.meta[AlgorithmConstants.SCAFFOLD_CTRL_DIFF]["w"] for mean in (half, all_took_part)]
+    np.testing.assert_allclose(changes[0], changes[1] / 2, rtol=1e-6)
 
 
 class Federations:
@@ -367,21 +379,6 @@ def test_the_same_seed_gives_the_same_bits(federations, algorithm, n_clients):
     second = federations.run(*flags, again="a second time")
     assert first["sha256"] == second["sha256"]
     assert [first[key] for key in ("rounds", "test", "best")] == [second[key] for key in ("rounds", "test", "best")]
-
-
-@pytest.mark.slow
-def test_fewer_processes_than_sites_give_the_same_bits(federations):
-    all_at_once = federations.run("--n_clients", "5", "--algorithm", "fedavg")
-    two_by_two = federations.run("--n_clients", "5", "--algorithm", "fedavg", "--n_threads", "2")
-    assert "5 sites run 2 at a time (--n_threads); each task starts a process" in two_by_two["screen"]
-    assert two_by_two["sha256"] == all_at_once["sha256"]
-
-
-@pytest.mark.slow
-def test_scaffold_keeps_a_sites_control_variate_after_its_process_has_ended(federations):
-    at_once = federations.run("--algorithm", "scaffold")
-    one_by_one = federations.run("--algorithm", "scaffold", "--n_threads", "1")
-    assert one_by_one["sha256"] == at_once["sha256"]
 
 
 @pytest.mark.slow

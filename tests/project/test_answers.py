@@ -11,14 +11,17 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
-from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
+from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
 from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from federation.errors import RunError
-from federation.server.aggregation import OrderedMean, OrderedScaffold
+from federation.protocol import COHORT, LEFT_OUT, SITES
+from federation.server.aggregation import ExactScaffold, WeightedMean
 from federation.server.answers import AnswerCheck
+from federation.sums import LOW, Answers
 
 WEIGHTS = {"w": np.ones((2, 3), dtype=np.float32), "n": np.array(3)}
 CONTROLS = {"w": np.zeros((2, 3), dtype=np.float32)}
@@ -29,10 +32,10 @@ IMAGES = {"site-1": {"train": 8, "val": 2, "test": 3}}
 class Server:
     """The parts of NVFlare's server that AnswerCheck uses."""
 
-    def __init__(self, folder, algorithm="fedavg", images=IMAGES):
+    def __init__(self, folder, algorithm="fedavg", images=IMAGES, hosted=False):
         self.folder = folder
         self.panics: list[str] = []
-        self.check = AnswerCheck(algorithm, ["cat", "dog"], 0, images)
+        self.check = AnswerCheck(algorithm, ["cat", "dog"], 0, images, hosted)
         self.check.system_panic = lambda reason, fl_ctx: self.panics.append(reason)
         self.model = WEIGHTS
         self.fire(AppEventType.INITIAL_MODEL_LOADED)
@@ -215,6 +218,60 @@ def test_a_global_model_that_is_not_finite_ends_the_run_and_keeps_the_one_before
     assert torch.equal(kept["w"], torch.ones(2, 3))
 
 
+def from_host(**changes) -> Shareable:
+    """The answer of a host for two sites, one of whose answers it has left out."""
+    total = Answers()
+    total.add_site(
+        "site-1",
+        FLModel(params_type=ParamsType.FULL, params=WEIGHTS, metrics=METRICS, meta={COUNT: 8, "val_images": 2}),
+    )
+    answer = total.as_answer()
+    answer.meta |= {LEFT_OUT: {"site-2": "tensor w is not finite"}, **changes}
+    return FLModelUtils.to_shareable(answer)
+
+
+def site_1(**changes) -> dict:
+    return {SITES: {"site-1": {"metrics": METRICS, "train": 8, "val": 2, **changes}}}
+
+
+def test_a_site_that_a_host_has_left_out_is_recorded_under_its_own_name(server):
+    server = server(hosted=True)
+    context, answer = server.context("host-1"), from_host()
+    context.set_prop(FLContextKey.TASK_RESULT, answer, private=True, sticky=False)
+    server.check.handle_event(EventType.AFTER_TASK_RESULT_FILTER, context)
+    rejected = {"round": 0, "site": "site-2", "task": "train", "reason": "tensor w is not finite"}
+    assert server.rejected() == [rejected]
+    assert from_shareable(answer).data.keys() == WEIGHTS.keys()  # the others count
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (site_1(train=9), "site-1: its number of train images is 9, which is more than the 8 announced at the start"),
+        (site_1(metrics={"val_acc": 7.0}), "site-1: val_acc is 7, which is not within 0 to 1"),
+        ({LOW: {"w": NAN.astype(np.float64), "n": np.array(0.0)}}, "tensor w is not finite"),
+    ],
+)
+def test_what_a_host_reports_of_its_sites_is_checked(server, changes, reason):
+    server = server(hosted=True)
+    assert server.receive(from_host(**{LEFT_OUT: {}, **changes}), site="host-1") == reason
+
+
+def test_a_host_that_has_left_out_all_of_its_sites_is_not_at_fault(server):
+    answer = FLModel(params_type=ParamsType.FULL, params={}, meta={SITES: {}, LOW: {}, LEFT_OUT: {}})
+    assert server(hosted=True).receive(FLModelUtils.to_shareable(answer), site="host-1") is None
+
+
+def test_a_real_site_cannot_answer_for_others(server):
+    assert server().receive(trained(**site_1())) == "it answers for other sites"
+
+
+def test_a_site_outside_the_cohort_is_not_rejected(server):
+    answer = DXO(DataKind.WEIGHTS, data={}).to_shareable()
+    answer.set_header(COHORT, [])
+    assert server().receive(answer) is None
+
+
 def result(site: str, weights=WEIGHTS) -> FLModel:
     return FLModel(params=weights, meta={"client_name": site, COUNT: 8, "val_images": 2})
 
@@ -229,10 +286,10 @@ def test_a_round_needs_usable_answers_from_more_than_half_of_the_sites(server, t
 
     def aggregate():
         if algorithm == "scaffold":
-            controller = OrderedScaffold(num_clients=4)
+            controller = ExactScaffold(n_sites=4, n_all=4, num_clients=4, num_rounds=1)
             controller.fl_ctx = server.context()
             return controller.aggregate(results)
-        mean = OrderedMean(4)
+        mean = WeightedMean(4)
         mean.fl_ctx = server.context()
         for answer in results:
             mean.accept_model(answer)

@@ -228,6 +228,22 @@ def test_metrics_with_other_names_are_not_an_error(overview):
     screen(shown)
 
 
+def test_a_host_shows_the_site_that_it_runs_and_how_many_are_left(run):
+    shown, file = Overview(run, ["host-1"], 1), run.progress("host-1")
+    file.parent.mkdir(parents=True)
+    for site, number in (("site-1", 1), ("site-3", 2)):
+        append_json(file, {"time": 0.0, "site": site, "number": number, "sites": 4})
+        progress.announce(file, "training")
+    append_json(file, {"time": 0.0, "step": 24, "steps": 96, "speed": 12.54})
+    shown.update([], 0.0)
+    assert "host-1" in screen(shown)[2]
+    assert screen(shown)[2].endswith("site-3 (2 of 4): training, step 24 of 96, 12.5 steps/s")
+    assert shown.fraction() == pytest.approx((1 + 0.25) / 4)
+    progress.announce(file, "waiting")
+    shown.update([], 0.0)
+    assert screen(shown)[2].endswith(" waiting")
+
+
 @pytest.mark.parametrize("n_sites", [1, 2, 12, 16, 100, 1000])
 @pytest.mark.parametrize("width", [80, 40])
 def test_it_fits_the_screen(overview, site, n_sites, width):
@@ -241,13 +257,13 @@ def test_it_fits_the_screen(overview, site, n_sites, width):
     assert max(map(len, lines)) <= width
 
 
-def test_many_sites_are_counted_by_phase(overview, site):
+def test_many_processes_are_counted_by_phase(overview, site):
     shown = overview(16)
     for i in range(5):
         site(f"site-{i + 1}", "training")
     shown.update([], 0.0)
     counted = [line.split()[:3] for line in screen(shown)[2:]]
-    assert counted == [["11", "sites", "starting"], ["5", "sites", "training"]]
+    assert counted == [["11", "processes", "starting"], ["5", "processes", "training"]]
 
 
 def test_without_a_terminal_there_is_one_line_per_round(capsys, run):

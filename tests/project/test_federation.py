@@ -14,8 +14,8 @@ from trainer import make_model, n_images
 LOG = (  # lines of NVFlare and client.py in the log of a run
     "Start FedAvg.",
     "Round 0 started.",
-    "Sampled clients: ['site-1', 'site-2', 'site-3']",
-    "Sending task train to ['site-1', 'site-2', 'site-3']",
+    "Sampled clients: ['host-1', 'host-2']",
+    "Sending task train to ['host-1', 'host-2']",
     "batch_size=16, site=site-1",
     "[Current Round=0, Site = site-1]",
     "--- validate global model ---",
@@ -31,9 +31,9 @@ LOG = (  # lines of NVFlare and client.py in the log of a run
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, shared_cache) -> Project:
-    """A federation on digits: 3 non-IID sites, 2 rounds."""
+    """A federation on digits: 3 non-IID sites on 2 hosts, 2 rounds."""
     project = Project(tmp_path_factory.mktemp("finished") / "project")
-    flags = ["--n_clients", "3", "--num_rounds", "2", "--partition", "dirichlet", "--alpha", "1"]
+    flags = ["--n_clients", "3", "--n_hosts", "2", "--num_rounds", "2", "--partition", "dirichlet", "--alpha", "1"]
     run = project.run("job.py", "--dataset", "digits", "--name", "first", *flags)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
@@ -128,6 +128,7 @@ class TestAFinishedRun:
             "app/custom/federation/site/partition.py",
             "app/custom/federation/site/progress.py",
             "app/custom/federation/site/quick_start.py",
+            "app/custom/federation/sums.py",
             "app/custom/initial.pt",
             "app/custom/model.py",
             "app/custom/options.json",
@@ -181,9 +182,9 @@ class TestAFinishedRun:
 
     def test_knows_where_the_time_went(self, finished):
         timing = finished.result["timing"]
-        assert set(timing) == {"site-1", "site-2", "site-3"}
+        assert set(timing) == {"host-1", "host-2"}
         spans = [sum(kinds.values()) for kinds in timing.values()]
-        assert spans == pytest.approx([spans[0]] * 3, abs=0.01)
+        assert spans == pytest.approx([spans[0]] * 2, abs=0.01)
         assert 0 < spans[0] < finished.result["wall_s"]
         assert all(seconds > 0 for kinds in timing.values() for seconds in kinds.values())
 
@@ -192,7 +193,7 @@ class TestAFinishedRun:
         final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
         weights = {name: (list(tensor.shape), tensor.nbytes) for name, tensor in final.items()}
         trained = [record for record in records if record["task"] == "train"]
-        assert sorted((record["round"], record["site"]) for record in trained) == [
+        assert sorted((record["round"], site) for record in trained for site in record["sites"]) == [
             (k, site) for k in (0, 1) for site in ("site-1", "site-2", "site-3")
         ]
         for record in trained:
@@ -200,7 +201,7 @@ class TestAFinishedRun:
             assert sorted(record["metrics"]) == ["val_acc", "val_loss"]
             assert set(record["meta"]) == {"kind", "NUM_STEPS_CURRENT_ROUND", "val_images"}
         evaluated = [record for record in records if record["task"] != "train"]
-        assert {record["site"] for record in evaluated} == {"site-1", "site-2", "site-3"}
+        assert {site for record in evaluated for site in record["sites"]} == {"site-1", "site-2", "site-3"}
         for record in evaluated:
             assert record["tensors"] == [] and set(record["meta"]) == {"kind"}
             counts = {"val_images", "test_images"}

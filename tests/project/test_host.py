@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from nvflare.apis.dxo import from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -14,7 +15,9 @@ from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 import client
+from federation.protocol import COHORT, DESCRIBED, LEFT_OUT, SITES
 from federation.site.host import SiteHost
+from federation.sums import Answers
 from settings import Options
 from trainer import make_model
 
@@ -22,22 +25,25 @@ from trainer import make_model
 @pytest.fixture
 def task(tmp_path, monkeypatch, options):
     """task(name, sites, **meta): what a host answers that has just been started, and the weights that it was given."""
-    monkeypatch.setattr(Options, "of_job", lambda: options(partition="shards", n_clients=2, max_batches=5))
     monkeypatch.setattr(client, "seed_everything", lambda *_, **__: None)
     context = FLContext()
     workspace = SimpleNamespace(get_log_root=lambda job_id: str(tmp_path))
     context.get_engine = lambda: SimpleNamespace(get_workspace=lambda: workspace)
     context.get_job_id = lambda: "job"
 
-    def run(name, *sites, difference=False, **meta):
-        context.get_identity_name = lambda: sites[0]
+    def run(name, *sites, cohort=None, **meta):
+        algorithm = "fedopt" if meta.pop("difference", False) else "scaffold" if meta else "fedavg"
+        few = {"partition": "shards", "n_clients": 2, "max_batches": 5, "algorithm": algorithm}
+        monkeypatch.setattr(Options, "of_job", lambda: options(**few, n_hosts=3 - len(sites)))
+        context.get_identity_name = lambda: sites[0] if len(sites) == 1 else "host-1"
         torch.manual_seed(0)
         weights = {key: value.numpy().copy() for key, value in make_model(options()).state_dict().items()}
         given = FLModel(params_type=ParamsType.FULL, params=weights, current_round=0, meta=meta)
-        host = SiteHost(list(sites), difference)
+        host, message = SiteHost(), FLModelUtils.to_shareable(given)
+        if cohort is not None:
+            message.set_header(COHORT, cohort)
         host.handle_event(EventType.START_RUN, context)
-        reply = host.execute(name, FLModelUtils.to_shareable(given), context, Signal())
-        return reply, weights
+        return host.execute(name, message, context, Signal()), weights
 
     return run
 
@@ -47,23 +53,53 @@ def answer(reply) -> FLModel:
     return FLModelUtils.from_shareable(reply)
 
 
-def test_several_sites_are_answered_for_by_their_mean(task):
-    together = answer(task(AppConstants.TASK_TRAIN, "site-1", "site-2")[0])
-    alone = [answer(task(AppConstants.TASK_TRAIN, site)[0]) for site in ("site-1", "site-2")]
-    images = [one.meta[MetaKey.NUM_STEPS_CURRENT_ROUND] for one in alone]
-    for name, value in together.params.items():
-        np.testing.assert_allclose(value, np.average([one.params[name] for one in alone], axis=0, weights=images), 1e-5)
-        assert not np.array_equal(alone[0].params[name], alone[1].params[name])
-    assert together.meta[MetaKey.NUM_STEPS_CURRENT_ROUND] == sum(images)
+def test_a_host_answers_with_the_sum_of_its_sites(task):
+    together = Answers()
+    together.add_host(answer(task(AppConstants.TASK_TRAIN, "site-1", "site-2")[0]))
+    alone = {site: answer(task(AppConstants.TASK_TRAIN, site)[0]) for site in ("site-1", "site-2")}
+    images = {site: one.meta[MetaKey.NUM_STEPS_CURRENT_ROUND] for site, one in alone.items()}
+    assert {site: own["train"] for site, own in together.sites.items()} == images
+    assert {site: own["metrics"] for site, own in together.sites.items()} == {
+        s: one.metrics for s, one in alone.items()
+    }
+    for name, value in together.mean().params.items():
+        expected = np.average([one.params[name] for one in alone.values()], axis=0, weights=[*images.values()])
+        np.testing.assert_allclose(value, expected, 1e-5)
+        assert not np.array_equal(alone["site-1"].params[name], alone["site-2"].params[name])
 
 
-def test_several_sites_are_evaluated_as_one(task):
+def test_a_host_reports_the_evaluation_of_each_site(task):
     together = answer(task(AppConstants.TASK_VALIDATION, "site-1", "site-2")[0]).metrics
-    alone = [answer(task(AppConstants.TASK_VALIDATION, site)[0]).metrics for site in ("site-1", "site-2")]
-    for name, images in (("val_acc", "val_images"), ("test_loss", "test_images")):
-        assert together[images] == sum(one[images] for one in alone)
-        mean = np.average([one[name] for one in alone], weights=[one[images] for one in alone])
-        assert together[name] == pytest.approx(mean)
+    alone = {site: answer(task(AppConstants.TASK_VALIDATION, site)[0]).metrics for site in ("site-1", "site-2")}
+    assert together == alone
+
+
+def test_a_host_describes_what_each_site_would_send(task):
+    meta = answer(task(AppConstants.TASK_TRAIN, "site-1", "site-2")[0]).meta
+    (record,) = meta[DESCRIBED]
+    assert record["sites"] == ["site-1", "site-2"]
+    assert {tensor["dtype"] for tensor in record["tensors"]} == {"float32"} and len(record["tensors"]) == 10
+    assert set(record["metrics"]) == {"val_acc", "val_loss"}
+
+
+def test_a_host_leaves_out_a_site_whose_answer_fails_the_checks(task, monkeypatch):
+    weights = client.weights
+    monkeypatch.setattr(
+        client, "weights", lambda data: {**weights(data), **({"val_images": -1} if data.site == "site-2" else {})}
+    )
+    sent = answer(task(AppConstants.TASK_TRAIN, "site-1", "site-2")[0])
+    assert list(sent.meta[SITES]) == ["site-1"]
+    assert sent.meta[LEFT_OUT] == {"site-2": "its number of val images is -1, which is not within 0 to 1000000000"}
+    assert sent.meta[DESCRIBED][0]["sites"] == ["site-1", "site-2"]  # it would have left the site all the same
+
+
+@pytest.mark.parametrize("name", [AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION])
+def test_only_the_sites_of_a_cohort_do_a_task(task, name):
+    host = answer(task(name, "site-1", "site-2", cohort=["site-2", "site-9"])[0])
+    assert list(host.meta[SITES] if name == AppConstants.TASK_TRAIN else host.metrics) == ["site-2"]
+    reply, _ = task(name, "site-1", cohort=[])
+    assert from_shareable(reply).data == {}
+    assert reply.get_header(COHORT) == []
 
 
 def test_the_change_is_sent_where_it_is_asked_for(task):

@@ -21,7 +21,6 @@ from programs import names_in
 
 BAD_FLAGS = {
     "no client": (["--n_clients", "0"], "Invalid value for '--n_clients': 0 is not in the range x>=1"),
-    "no site at a time": (["--n_threads", "0"], "Invalid value for '--n_threads': 0 is not in the range x>=1"),
     "no round": (["--num_rounds", "0"], "Invalid value for '--num_rounds': 0 is not in the range x>=1"),
     "no image in a batch": (["--batch_size", "0"], "Invalid value for '--batch_size': 0 is not in the range x>=1"),
     "no epoch": (["--local_epochs", "-1"], "Invalid value for '--local_epochs': -1 is not in the range x>=1"),

@@ -95,8 +95,27 @@ def test_a_round_lists_the_sites_missing_from_its_means(run):
     sites = {"site-2": {"metrics": {"val_acc": 0.1}, "train": 40, "val": 30}}
     write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.1}, "sites": sites, "rejected": []}])
     first, last = collect(run, 1, [*REPORTS, "site-3"], env="prod")["rounds"]
-    assert (first["missing"], last["missing"]) == (["site-10", "site-3"], ["site-3"])
+    assert (first["missing"], last["missing"]) == (["site-3", "site-10"], ["site-3"])
     assert first["accuracy"] == 0.1
+
+
+def test_with_cohorts_a_round_is_about_the_sites_that_were_drawn(run):
+    """site-2 trained in the only round; of the final evaluation's sample, site-3 is lost."""
+    own = {"train": 40, "val": 30}
+    sites = {"site-2": {"metrics": {"val_acc": 0.123456789}, **own}}
+    write_rounds(run, [{"round": 0, "metrics": {"val_acc": 0.123456789}, "sites": sites, "rejected": []}])
+    drawn = [
+        {"task": "train", "round": 0, "sites": ["site-2"]},
+        {"task": "validate", "round": None, "sites": ["site-10", "site-3", "site-2"]},
+    ]
+    (RunFolder(run).server / "cohorts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in drawn))
+    options = Options(num_rounds=1, sites_per_round=1, evaluate_sites=3, env="prod")
+    collected = outcome.collect(RunFolder(run), options, [f"site-{i}" for i in range(1, 21)])
+    first, last = collected["rounds"]
+    assert (first["sites"], first["missing"], first["participants"]) == ({"site-2": 0.1234568}, [], None)
+    assert (list(last["sites"]), last["missing"]) == (["site-2", "site-10", "site-3"], ["site-3"])
+    assert last["participants"] == ["site-2"]
+    assert collected["lost"] == ["site-3"]
 
 
 def test_rounds_before_a_loss_are_means_over_the_remaining_sites(run):

@@ -71,9 +71,9 @@ def train(project, images):
 
 
 @pytest.mark.parametrize("model", ["LitNet", "LitResNet", "LitDropout"])
-@pytest.mark.parametrize("otherwise", [("--n_threads", "1"), ("--env", "poc")], ids=["in turns", "in a POC"])
-def test_a_site_trains_the_same_in_a_process_of_its_own_and_in_one_for_each_task(train, model, otherwise):
-    at_once = train("--model", model, "--num_rounds", "3")
+@pytest.mark.parametrize("otherwise", [("--n_hosts", "1"), ("--env", "poc")], ids=["on one host", "in a POC"])
+def test_a_site_trains_the_same_in_a_process_of_its_own_and_on_a_host(train, model, otherwise):
+    at_once = train("--model", model, "--num_rounds", "3", "--n_hosts", "2")
     other = train("--model", model, "--num_rounds", "3", *otherwise)
     assert other["sha256"] == at_once["sha256"]
     assert other["rounds"] == at_once["rounds"]

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
-from federation.protocol import METRIC, PHASES, STARTING, TRAINING, WAITING, JsonLines
+from federation.protocol import METRIC, PHASES, STARTING, TRAINING, VALIDATING, WAITING, JsonLines
 from federation.run.folder import RunFolder
 from federation.run.metrics import as_text
 
@@ -25,7 +25,7 @@ class Process:
 
     def __init__(self, progress: JsonLines) -> None:
         self.progress, self.phase = progress, STARTING
-        self.site, self.number, self.sites = "", 0, 1  # the site, and which of those of its task it is
+        self.site, self.number, self.sites = "", 1, 1  # the site, and which of those of its task it is
         self.step = self.steps = 0
         self.speed = 0.0
 
@@ -33,11 +33,12 @@ class Process:
         for record in self.progress.read():
             if "site" in record:
                 self.site, self.number, self.sites = record["site"], record["number"], record["sites"]
-                self.step = self.steps = 0
             elif "step" in record:
                 self.step, self.steps, self.speed = record["step"], record["steps"], record["speed"]
             else:
                 self.phase = record["phase"]
+                if self.phase in (VALIDATING, TRAINING):
+                    self.step = self.steps = 0
 
     def fraction(self) -> float:
         """The fraction of its task's training that it has completed."""

@@ -41,7 +41,9 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         raise RunError("no site evaluated the final model")
     evaluation = json.loads((server / protocol.EVALUATION).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
-    reports, best_reports = (dict(sorted(model["sites"].items(), key=_by_number)) for model in (final, best))
+    reports, best_reports = (
+        {site: model["sites"][site] for site in sorted(model["sites"], key=_by_number)} for model in (final, best)
+    )
     cohorts = {record["round"]: record["sites"] for record in read_json_lines(server / protocol.COHORTS)}
     lost = sorted(set(cohorts.get(None, sites)) - set(reports))
     rejected = read_json_lines(server / protocol.REJECTED)
@@ -59,17 +61,18 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         for record in rounds
     }
     curve[final["round"]] = {site: (report, report[protocol.VAL_IMAGES]) for site, report in reports.items()}
-    asked = {number: sorted(cohorts.get(number, sites), key=lambda site: _by_number((site, None))) for number in curve}
+    asked = {number: sorted(cohorts.get(number, sites), key=_by_number) for number in curve}
     asked[final["round"]] = [*reports, *lost]
-    validations = [_validation(number, own, asked[number], lost) for number, own in curve.items()]
-    for validation, record in zip(validations[1:], rounds, strict=True):
-        validation["participants"] = [*record["sites"]] if options.sites_per_round else None
+    trained = {record["round"] + 1: [*record["sites"]] for record in rounds if options.sites_per_round}
     counts = {
         site: {name.removeprefix(protocol.HOLDS): n for name, n in report.items() if name.startswith(protocol.HOLDS)}
         for site, report in reports.items()
     }
     return {
-        "rounds": validations,
+        "rounds": [
+            _validation(number, own, asked[number], lost) | {"participants": trained.get(number)}
+            for number, own in curve.items()
+        ],
         "stopped_early": stopped_early,
         "test": _test(reports),
         "model": protocol.FINAL,
@@ -166,7 +169,6 @@ def _validation(
         "loss": weighted_mean(losses, images),
         "losses": _rounded(losses),
         "missing": [] if mean is None else [site for site in asked if accuracies[site] is None or not images[site]],
-        "participants": None,
     }
 
 
@@ -196,7 +198,7 @@ def _rounds_since_best(rounds: list[dict[str, Any]]) -> int:
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
 
-def _by_number(item: tuple[str, object]) -> tuple[int, str]:
+def _by_number(site: str) -> tuple[int, str]:
     """site-2 before site-10."""
-    digits = re.search(r"\d+$", item[0])
-    return (int(digits[0]) if digits else 0, item[0])
+    digits = re.search(r"\d+$", site)
+    return (int(digits[0]) if digits else 0, site)
