@@ -197,7 +197,7 @@ COHORT_FLAGS = ("--n_clients", "12", "--sites_per_round", "4", "--evaluate_sites
 def test_a_cohort_trains_in_each_round_and_a_sample_evaluates_the_final_model(simulations, algorithm):
     run = simulations(*COHORT_FLAGS, "--algorithm", algorithm, "--n_hosts", "2")
     assert "each round trains 4 random sites of 12\n" in run.screen
-    assert "5 random sites of 12 evaluate the final model\n" in run.screen
+    assert "the final model is evaluated by 5 random sites of 12\n" in run.screen
     names = [f"site-{i}" for i in range(1, 13)]
     rounds = run.result["rounds"]
     assert rounds[0]["participants"] is None

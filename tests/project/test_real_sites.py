@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from federation.server.cohort import draw
 from programs import Project
 
 pytestmark = pytest.mark.slow
@@ -188,7 +189,7 @@ class TestAFederationOfSites:
         assert held["sites"] == {}
 
     def test_sends_no_image_label_or_file_name_to_the_server(self, finished, federation, images):
-        received = b"".join(path.read_bytes() for path in federation.received.parent.glob("received.*"))
+        received = b"".join(path.read_bytes() for path in federation.folder.parent.glob("received.*"))
         stored = [path for top in (federation.kits / "localhost", federation.folder / "storage") for path in files(top)]
         everything = received + b"".join(path.read_bytes() for path in stored)
         assert b"val_acc" in received and b"north" in received  # the tap works, and the text is readable
@@ -236,6 +237,17 @@ class TestIsRejected:
         run = project.run(*other.job("--name", "stranger", "--wait", "1"))
         assert run.returncode == 1
         assert "no connection to the server within 1 s" in run.stderr
+
+
+def test_a_seeded_cohort_of_the_connected_sites_trains_in_each_round(finished, federation, project):
+    run = project.run(*federation.job("--name", "cohort", "--sites_per_round", "2", "--evaluate_sites", "1"))
+    assert run.returncode == 0, run.stderr + run.stdout
+    assert "each round trains 2 random sites of 3\nthe final model is evaluated by 1 random sites of 3\n" in run.stdout
+    result = json.loads((project.folder / "runs" / "cohort" / "results.json").read_text())
+    cohorts = [draw(SITES, 2, seed=0, round_=number) for number in (0, 1)]
+    assert [sorted(entry["participants"]) for entry in result["rounds"][1:]] == [sorted(names) for names in cohorts]
+    assert list(result["test"]["sites"]) == draw(SITES, 1, seed=0, round_=None)
+    assert result["lost"] == []
 
 
 def test_a_site_that_does_not_connect_is_named_after_the_timeout(finished, federation, project):

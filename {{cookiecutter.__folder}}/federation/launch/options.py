@@ -185,6 +185,7 @@ def _check_numbers(options: Options, given: set[str]) -> None:
     if options.env == "prod" and {"n_hosts", "debug"} & given:
         flag = FLAGS["n_hosts" if "n_hosts" in given else "debug"]
         raise UserError(f"{flag} is for simulated sites: remove it, or --env prod")
+    options.n_hosts = None if options.env == "prod" else options.n_hosts
     for name in ("n_hosts", "sites_per_round", "evaluate_sites"):
         if (value := getattr(options, name)) and value > options.n_clients:
             if name in given:

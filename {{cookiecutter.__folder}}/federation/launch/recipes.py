@@ -89,7 +89,7 @@ def notes(options: Options, run: RunFolder) -> list[str]:
     if options.sites_per_round:
         found.append(f"each round trains {options.sites_per_round} random sites of {options.n_clients}")
     if options.evaluate_sites:
-        found.append(f"{options.evaluate_sites} random sites of {options.n_clients} evaluate the final model")
+        found.append(f"the final model is evaluated by {options.evaluate_sites} random sites of {options.n_clients}")
     if options.algorithm == "scaffold":
         size = (run.bundle / INITIAL).stat().st_size * options.n_clients / 1e6
         found.append(f"SCAFFOLD keeps a control variate for each site on disk, {size:,.0f} MB in all")
