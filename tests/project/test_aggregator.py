@@ -20,7 +20,7 @@ from federation.protocol import SITES
 from federation.server.aggregation import WeightedMean
 from federation.server.answers import AnswerCheck
 from federation.server.evaluation import FinalEvaluation, is_at_least_as_good
-from federation.sums import Answers
+from federation.sums import AnswerSum
 
 IMAGES = {"site-1": 288, "site-2": 575, "site-10": 31, "site-3": 7, "site-4": 1}
 
@@ -120,7 +120,7 @@ def test_a_hosts_sum_counts_like_its_sites():
     sites = {result.meta["client_name"]: result for result in results()}
     sent = []
     for names in (["site-1", "site-10", "site-4"], ["site-2", "site-3"]):
-        host = Answers()
+        host = AnswerSum()
         for name in names:
             host.add_site(name, sites[name])
         sent.append(host.as_answer())

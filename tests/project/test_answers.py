@@ -21,7 +21,7 @@ from federation.errors import RunError
 from federation.protocol import COHORT, LEFT_OUT, SITES
 from federation.server.aggregation import ExactScaffold, WeightedMean
 from federation.server.answers import AnswerCheck
-from federation.sums import LOW, Answers
+from federation.sums import LOW, AnswerSum
 
 WEIGHTS = {"w": np.ones((2, 3), dtype=np.float32), "n": np.array(3)}
 CONTROLS = {"w": np.zeros((2, 3), dtype=np.float32)}
@@ -220,7 +220,7 @@ def test_a_global_model_that_is_not_finite_ends_the_run_and_keeps_the_one_before
 
 def from_host(**changes) -> Shareable:
     """The answer of a host for two sites, one of whose answers it has left out."""
-    total = Answers()
+    total = AnswerSum()
     total.add_site(
         "site-1",
         FLModel(params_type=ParamsType.FULL, params=WEIGHTS, metrics=METRICS, meta={COUNT: 8, "val_images": 2}),

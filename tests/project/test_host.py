@@ -17,7 +17,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 import client
 from federation.protocol import COHORT, DESCRIBED, LEFT_OUT, SITES
 from federation.site.host import SiteHost
-from federation.sums import Answers
+from federation.sums import AnswerSum
 from settings import Options
 from trainer import make_model
 
@@ -54,7 +54,7 @@ def answer(reply) -> FLModel:
 
 
 def test_a_host_answers_with_the_sum_of_its_sites(task):
-    together = Answers()
+    together = AnswerSum()
     together.add_host(answer(task(AppConstants.TASK_TRAIN, "site-1", "site-2")[0]))
     alone = {site: answer(task(AppConstants.TASK_TRAIN, site)[0]) for site in ("site-1", "site-2")}
     images = {site: one.meta[MetaKey.NUM_STEPS_CURRENT_ROUND] for site, one in alone.items()}

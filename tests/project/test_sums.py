@@ -7,7 +7,7 @@ import pytest
 from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
 
 from federation.protocol import SITES
-from federation.sums import CHANGE, Answers
+from federation.sums import CHANGE, AnswerSum
 
 # float32 values that cancel: in float32 or float64, a sum depends on its order and grouping.
 CANCELING = [1e16, 1.0, -1e16, 3e-8, 2.5e15, -2.5e15, 1e-3]
@@ -21,9 +21,9 @@ def answer(value: float, images: int = 1, **meta) -> FLModel:
 
 def mean(*hosts: list[tuple[str, FLModel]]) -> FLModel:
     """The mean over all sites of these hosts, each of which sends a sum."""
-    total = Answers()
+    total = AnswerSum()
     for sites in hosts:
-        own = Answers()
+        own = AnswerSum()
         for site, one in sites:
             own.add_site(site, one)
         total.add_host(own.as_answer())

@@ -4,7 +4,7 @@ A function that checks returns what is wrong, in a few words, or None.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,7 @@ def describe(message: Shareable) -> dict[str, Any]:
     return {"round": number, "tensors": tensors, "metrics": metrics, "meta": meta, "headers": headers}
 
 
-def mean_metrics(sites: list[tuple[dict[str, Any] | None, int]]) -> dict[str, float]:
+def mean_metrics(sites: Sequence[tuple[dict[str, Any] | None, int]]) -> dict[str, float]:
     """The mean of the sites' metrics of one model, as if their images were one set.
 
     Args:

@@ -14,7 +14,7 @@ CHANGE = AlgorithmConstants.SCAFFOLD_CTRL_DIFF
 LOW, LOW_CHANGE, DTYPES = "fl_low", "fl_low_change", "fl_dtypes"
 
 
-class Answers:
+class AnswerSum:
     """The sum of the training answers of several sites. Neither their order nor their grouping into hosts matters.
 
     Tensors are weighted by training images and added up in twice the precision of float64, as pairs of a high and a low

@@ -13,7 +13,7 @@ from settings import Options
 
 FORKS = sys.platform == "linux"  # forking is unsafe elsewhere, and with CUDA anywhere
 FORKED_MEMORY, STARTED_MEMORY = 0.5e9, 1.2e9  # bytes per host; measured with LitNet: 0.2 and 1.1 GB
-HOSTS_PER_GPU = 2
+HOSTS_ON_ONE_GPU = 2  # one computes while the other prepares; with several GPUs, each has one host
 
 
 def n_hosts(options: Options) -> int:
@@ -24,7 +24,8 @@ def n_hosts(options: Options) -> int:
         return options.n_clients
     n_gpus = torch.cuda.device_count() if options.gpu else 0
     fitting = int(free_memory() / (FORKED_MEMORY if FORKS and not n_gpus else STARTED_MEMORY))
-    return max(1, min(options.n_clients, n_gpus * HOSTS_PER_GPU or cores(), fitting))
+    useful = {0: cores(), 1: HOSTS_ON_ONE_GPU}.get(n_gpus, n_gpus)
+    return max(1, min(options.n_clients, useful, fitting))
 
 
 def n_threads(n_sites: int) -> int:

@@ -41,6 +41,8 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
     """
     clients = [*hosts(options)]
     n_gpus = min(torch.cuda.device_count(), len(clients)) if options.gpu else 0
+    if 1 < n_gpus < len(clients):  # NVFlare would run those that share one of several GPUs in turns
+        n_gpus = 1
     forked = FORKS and not n_gpus
     arguments = {
         "job_folder": str(run.job),

@@ -14,7 +14,7 @@ from nvflare.widgets.widget import Widget
 
 from federation.protocol import SITES
 from federation.server.answers import global_model, require_majority
-from federation.sums import CHANGE, Answers
+from federation.sums import CHANGE, AnswerSum
 
 
 class WeightedMean(ModelAggregator):
@@ -93,7 +93,7 @@ def mean_of(results: dict[str, FLModel], n_sites: int, fl_ctx: FLContext) -> FLM
     Raises:
         RunError: no more than half of the sites sent a usable answer.
     """
-    total = Answers()
+    total = AnswerSum()
     for client, answer in results.items():
         if SITES in answer.meta:
             total.add_host(answer)

@@ -86,7 +86,7 @@ class FinalEvaluation(ModelController):
         validation = {site: (own["metrics"], own["val"]) for site, own in sites.items()}
         folder = run_folder(fl_ctx)
         rejected = [record for record in read_json_lines(folder / REJECTED) if record["round"] == began]
-        metrics = mean_metrics(list(validation.values()))
+        metrics = mean_metrics([*validation.values()])
         append_json(folder / ROUNDS, {"round": began, "metrics": metrics, "sites": sites, "rejected": rejected})
         if began > 0 and is_at_least_as_good(validation, self.best, self.sampled):  # 0: untrained
             self.best_round, self.best = began, validation

@@ -36,7 +36,7 @@ from federation.exchange import SiteCheck, describe, specs_of
 from federation.protocol import COHORT, DESCRIBED, LEFT_OUT, PROGRESS, STARTING, WAITING, append_json, save_tensors
 from federation.site.partition import hosts
 from federation.site.progress import announce
-from federation.sums import CHANGE, Answers
+from federation.sums import CHANGE, AnswerSum
 from settings import Options
 
 LOGGED_SITES = 8  # of a host: what client.py prints for others is dropped, or logs would grow with the number of sites
@@ -77,7 +77,7 @@ class SiteHost(Executor):
             return answer
         received, site = FLModelUtils.from_shareable(shareable), ""
         try:
-            answers = _Together(task_name, received, self.check)
+            answers = _HostAnswer(task_name, received, self.check)
             for number, site in enumerate(sites, start=1):
                 if abort_signal.triggered:
                     return make_reply(ReturnCode.TASK_ABORTED)
@@ -158,13 +158,13 @@ def call_client(
     return variates.changed_by_the_helper(answer)
 
 
-class _Together:
+class _HostAnswer:
     """The answers of a host's sites to a task: checked, described and added up one by one, so that none is kept."""
 
     def __init__(self, task: str, received: FLModel, check: SiteCheck) -> None:
         self.task, self.round, self.check = task, received.current_round, check
         self.specs = specs_of(received.params)
-        self.trained = Answers()
+        self.trained = AnswerSum()
         self.evaluated: dict[str, Any] = {}  # site -> its metrics
         self.left_out: dict[str, str] = {}  # site -> what is wrong with its answer
         self.described: dict[str, dict[str, Any]] = {}  # description -> its record in the audit log
