@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer  # type: ignore[import-untyped]
 
 import settings
 from federation.errors import UserError
@@ -101,3 +102,13 @@ def data_error(function: Callable, *arguments) -> str:
         function(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def read_events(folder: Path) -> dict:
+    """TensorBoard's own view of a folder: run -> tag -> (step, value)s."""
+    events = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    events.Reload()
+    return {
+        run: {tag: [(event.step, event.value) for event in events.Scalars(run, tag)] for tag in kinds["scalars"]}
+        for run, kinds in events.Runs().items()
+    }

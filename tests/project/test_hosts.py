@@ -20,7 +20,7 @@ from federation.launch import options as command_line
 from federation.protocol import COHORT, COHORTS, read_json_lines
 from federation.server.cohort import Cohort, draw
 from federation.site.partition import hosts
-from programs import Project
+from programs import Project, read_events
 
 REFUSED = {
     "more hosts than sites": (["--n_hosts", "3"], "--n_hosts is 3, but there are only 2 sites"),
@@ -242,12 +242,8 @@ def test_a_hosts_sites_are_known_one_by_one(simulations):
 
 @pytest.mark.slow
 def test_tensorboard_has_the_curves_of_each_site(simulations):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run = simulations("--n_clients", "4", "--n_hosts", "2", "--tracking", "tensorboard", "--num_rounds", "1")
-    events = EventAccumulator(str(run.folder / "tensorboard" / "host-2"))
-    events.Reload()
-    scalars = set(events.Tags()["scalars"])
+    scalars = set(read_events(run.folder / "tensorboard")["host-2"])
     assert {"site-2/val/acc", "site-4/val/acc", "site-4/test/loss"} <= scalars
     assert not any(tag.startswith("site-1/") for tag in scalars)
 

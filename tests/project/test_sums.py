@@ -1,6 +1,7 @@
 """Exact sums: the same bits whatever the order of the sites and their grouping into hosts."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from federation.sums import CHANGE, AnswerSum
 CANCELING = [1e16, 1.0, -1e16, 3e-8, 2.5e15, -2.5e15, 1e-3]
 
 
-def answer(value: float, images: int = 1, **meta) -> FLModel:
+def answer(value: float, images: int = 1, own: dict[str, Any] | None = None) -> FLModel:
     params = {"w": np.array([value, 1.0], dtype=np.float32), "n": np.array(7, dtype=np.int64)}
-    meta = {MetaKey.NUM_STEPS_CURRENT_ROUND: images, "val_images": images, **meta}
+    meta = {MetaKey.NUM_STEPS_CURRENT_ROUND: images, "val_images": images, **(own or {})}
     return FLModel(params_type=ParamsType.FULL, params=params, metrics={"val_acc": 0.5}, meta=meta)
 
 
@@ -59,7 +60,7 @@ def test_tensors_keep_their_dtype():
 
 def test_changes_of_control_variates_are_summed_alike():
     sites = [
-        (f"site-{i}", answer(0.0, **{CHANGE: {"w": np.array([value], dtype=np.float32)}}))
+        (f"site-{i}", answer(0.0, own={CHANGE: {"w": np.array([value], dtype=np.float32)}}))
         for i, value in enumerate(CANCELING)
     ]
     assert len({mean(*hosts).meta[CHANGE]["w"].tobytes() for hosts in groupings(sites)}) == 1

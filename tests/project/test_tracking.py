@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from pytorch_lightning import Trainer
-from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer  # type: ignore[import-untyped]
 
 from data import SiteDataModule
 from federation.errors import UserError
@@ -15,7 +14,7 @@ from federation.launch.options import parse
 from federation.protocol import read_json_lines
 from federation.run.folder import RunFolder
 from federation.site import progress
-from programs import Project
+from programs import Project, read_events
 from settings import TRACKERS
 from trainer import make_model
 
@@ -32,16 +31,6 @@ GLOBAL = {
     "test/acc": [(2, 0.75)],
     "test/loss": [(2, 1.5)],
 }
-
-
-def read_events(folder) -> dict:
-    """TensorBoard's own view of a folder: run -> tag -> (step, value)s."""
-    events = EventMultiplexer().AddRunsFromDirectory(str(folder))
-    events.Reload()
-    return {
-        run: {tag: [(event.step, event.value) for event in events.Scalars(run, tag)] for tag in kinds["scalars"]}
-        for run, kinds in events.Runs().items()
-    }
 
 
 class Writer:
