@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -32,7 +33,7 @@ from federation.launch.options import PROJECT, Command, read_arguments
 from federation.protocol import write_json
 from federation.run import schema
 from federation.run.folder import RunFolder
-from federation.run.metrics import as_text, weighted_mean
+from federation.run.metrics import MAX_SITES, as_text, weighted_mean
 from settings import Options
 from trainer import n_images
 
@@ -97,7 +98,7 @@ def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = N
     if options.model_class not in model_names(PROJECT / "model.py"):
         raise UserError(f"runs/{folder.name} trained {options.model_class}, which is no longer in model.py")
 
-    sites = {site: SiteDataModule(site, options) for site in found.sites}
+    sites = {site: SiteDataModule(site, options) for site in result["test"]["sites"]}  # can be a sample
     pooled = SiteDataModule(None, options)
     modules = {"": pooled, **sites}
     for module in modules.values():
@@ -165,7 +166,10 @@ def train(modules: dict[str, Any], epochs: int, options: Options) -> dict[str, A
                 raise KeyboardInterrupt from None
             models[site] = model
             effort = f"epochs: {epochs}, steps: {steps[site]}, {time.monotonic() - started:.0f} s"
-            bar.console.print(f"{name}: trained on {n_images(module, 'train')} images, {effort}")
+            if len(models) <= 1 + MAX_SITES:
+                bar.console.print(f"{name}: trained on {n_images(module, 'train')} images, {effort}")
+    if (n_more := len(models) - 1 - MAX_SITES) > 0:
+        console.print(f"and {n_more:,} more sites alone")
     return models
 
 
@@ -181,44 +185,52 @@ def test(model: Any, module: Any, options: Options) -> float | None:
 def show(comparison: dict[str, Any]) -> None:
     """Print a compare.json as a table, and the differences that matter."""
     rows = comparison["rows"]
-    sites = rows["federated"]["sites"]
-    table = [["", "all sites", *sites]]
-    for key, title in ROWS.items():
-        table.append([title, *map(as_text, [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)])])
-    worst = min((site for site in sites if sites[site] is not None), key=sites.__getitem__, default="")
     title = f"Test accuracy ({comparison['model_class']}, epochs: {comparison['epochs']})"
-    shown = results.print_table(title, table, ("", "all sites", worst))
-    results.print_omitted("compare.json", sites=(len(shown) - 2, len(sites)))
+    results.print_by_site(title, {name: (rows[key]["all"], rows[key]["sites"]) for key, name in ROWS.items()})
     federated = rows["federated"]["all"]
     if federated is None:
         return
     gain = {key: f"{federated - rows[key]['all']:+.3f}" for key in ROWS}
     alone = {site: value for site, value in rows["alone"]["sites"].items() if value is not None}
     n_gains = sum(rows["federated"]["sites"][site] > value for site, value in alone.items())
-    print(f"\nFederated minus alone, own test images: {gain['alone']} ({n_gains} of {len(alone)} sites gain)")
+    print(f"\nFederated minus alone, own test images: {gain['alone']} ({n_gains:,} of {len(alone):,} sites gain)")
     print(f"Federated minus alone, all test images: {gain['alone_on_all']}")
     print(f"Federated minus centralized: {gain['centralized']}")
 
 
 def plot(comparison: dict[str, Any], file: Path) -> None:
-    """Plot the table: one group of bars for all sites, and one per site."""
+    """Plot the table: one group of bars for all sites, and one per site; with many sites, one box per row."""
     from matplotlib.figure import Figure  # not pyplot, which may open a window
 
     rows = comparison["rows"]
     sites = list(rows["federated"]["sites"])
-    figure = Figure(figsize=(max(6, 3.2 + 1.2 * len(sites)), 4.5), layout="constrained")
+    many = len(sites) > MAX_SITES
+    figure = Figure(figsize=(7 if many else max(6, 2.5 + 1.5 * len(sites)), 4.5), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(ROWS)
+    width = 0.88 / len(ROWS)
     for i, (key, title) in enumerate(ROWS.items()):
+        if many:
+            known = [value for value in rows[key]["sites"].values() if value is not None]
+            look = {"patch_artist": True, "boxprops": {"facecolor": COLORS[i]}, "medianprops": {"color": "black"}}
+            name = title.replace(", ", ",\n")
+            axes.boxplot(known, positions=[i], widths=0.5, whis=(0, 100), tick_labels=[name], **look)
+            axes.plot(i, rows[key]["all"], "D", color="white", markeredgecolor="black")
+            continue
         heights = [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)]
         places = [group + (i - (len(ROWS) - 1) / 2) * width for group in range(len(heights))]
         bars = axes.bar(places, [height or 0 for height in heights], width, label=title, color=COLORS[i])
         axes.bar_label(bars, map(as_text, heights), fontsize=7)
-    axes.set_xticks(range(1 + len(sites)), ["all sites", *sites])
+    if many:
+        figure.supxlabel(
+            f"{len(sites):,} sites from min to max; box: the middle half; line: median; diamond: mean", size=9
+        )
+    else:
+        axes.set_xticks(range(1 + len(sites)), [textwrap.fill(site, 14) for site in ("all sites", *sites)])
+        axes.margins(x=0.01)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.set(ylabel="test accuracy", ylim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{comparison['run']}: {comparison['model_class']}, epochs: {comparison['epochs']}")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file, dpi=150)
 
 

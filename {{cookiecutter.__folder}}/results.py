@@ -7,7 +7,6 @@ import federation.launch.packages  # noqa: F401 (first: without them, nothing be
 
 # isort: split
 import sys
-from collections.abc import Collection
 from typing import Any, Literal
 
 import click
@@ -21,79 +20,113 @@ from federation.errors import exit_code
 from federation.launch.options import Command, read_arguments
 from federation.run import schema
 from federation.run.folder import PROJECT, RUNS, RunFolder
-from federation.run.metrics import as_text
+from federation.run.metrics import QUANTILES, as_text, quantiles, worst_sites
 
 MAX_ROWS = 20  # on the screen
 
 
 def show_distribution(counts: dict[str, dict[str, int]]) -> None:
-    """Print the number of images per site and class; `counts` as in partition.json."""
+    """Print the number of images per site and class, or how they are spread; `counts` as in partition.json."""
     classes = list(dict.fromkeys(name for own in counts.values() for name in own))
     rows = [["site", *classes, "all"]]
-    for site, own in list(counts.items())[:MAX_ROWS]:
+    for site, own in counts.items():
         row = (str(own.get(name, "-")) for name in classes)  # a real site may not share its counts
         rows.append([site, *row, str(sum(own.values())) if own else "-"])
-    shown = print_table("Images per site and class (training + validation)", rows, ("site", "all"))
-    print_omitted("partition.json", sites=(len(rows) - 1, len(counts)), classes=(len(shown) - 2, len(classes)))
+    if fits(rows) and len(counts) <= MAX_ROWS:
+        print_table("Images per site and class (training + validation)", rows)
+        return
+    at = {name: [own[name] for own in counts.values() if own.get(name)] for name in classes}
+    shown = sorted(classes, key=lambda name: len(at[name]))[:MAX_ROWS] if len(classes) > MAX_ROWS else classes
+    numbers = {"all classes": [sum(own.values()) for own in counts.values() if own]} | {
+        name: at[name] for name in shown
+    }
+    rows = [["", "sites", "images", *QUANTILES]]
+    rows += [[name, *map(as_text, [len(own), sum(own), *quantiles(own)])] for name, own in numbers.items()]
+    print_table("Images per site (training + validation), over the sites that have any", rows, section=1)
+    if (more := len(classes) - len(shown)) > 0:
+        print(f"(not shown: {more} of {len(classes)} classes, at more sites; partition.json has all)")
+    n_classes = quantiles(sum(n > 0 for n in own.values()) for own in counts.values() if own)
+    print(f"Classes per site: {', '.join(f'{name} {n}' for name, n in zip(QUANTILES, n_classes, strict=True))}")
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a run's results.json: validation accuracy by round, and the test of the final and the best model."""
     rounds, test, best = result["rounds"], result["test"], result["best"]
-    sites = list(test["sites"])
-    rows = [["", "all sites", *sites]]
-    for entry in rounds if len(rounds) <= MAX_ROWS else [rounds[0], *rounds[1 - MAX_ROWS :]]:
-        accuracies = [entry["accuracy"], *map(entry["sites"].get, sites)]
-        rows.append([schema.after_rounds(entry["round"]), *map(as_text, accuracies)])
-    n_rounds = len(rows) - 1
+    shown = rounds if len(rounds) <= MAX_ROWS else [rounds[0], *rounds[1 - MAX_ROWS :]]
+    models = {schema.after_rounds(entry["round"]): (entry["accuracy"], entry["sites"]) for entry in shown}
     tests = {"final test": test, **({f"best test (round {best['round']})": best["test"]} if best else {})}
     for name, its_test in tests.items():
-        own = (its_test["sites"].get(site, {}).get("accuracy") for site in sites)
-        rows.append([name, *map(as_text, [its_test["accuracy"], *own])])
+        models[name] = its_test["accuracy"], {site: own["accuracy"] for site, own in its_test["sites"].items()}
     title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"
-    shown = print_table(title, rows, ("", "all sites", test["worst"]), section=n_rounds)
-    print_omitted("results.json", sites=(len(shown) - 2, len(sites)), rounds=(n_rounds, len(rounds)))
-    worst = f"; worst site {test['worst']}" if len(sites) > 1 and test["worst"] else ""
+    each_site = print_by_site(title, models, section=len(shown))
+    if len(shown) < len(rounds):
+        print(f"(not shown: {len(rounds) - len(shown)} of {len(rounds)} rounds; results.json has all)")
+    if not each_site:
+        rows = [[site, as_text(own["accuracy"]), as_text(own["images"])] for site, own in worst_sites(test).items()]
+        title = f"Final test: the worst {len(rows)} of {len(test['sites']):,} sites"
+        print_table(title, [["site", "accuracy", "test images"], *rows])
+    print()
+    for sentence in schema.coverage(result):
+        print(sentence)
+    worst = f"; worst site {test['worst']}" if len(test["sites"]) > 1 and test["worst"] else ""
     metrics = f"accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}"
-    print(f"\nFinal test {metrics}; {result['wall_s']:.0f} s in total")
+    print(f"Final test {metrics}; {result['wall_s']:.0f} s in total")
     for warning in schema.caveats(result):
         print(f"WARNING: {warning}")
     if result["stopped_early"]:
         print(f"stopped early: no better validation accuracy with --patience {result['patience']}")
 
 
-def print_table(title: str, rows: list[list[str]], always: Collection[str], section: int = 0) -> list[int]:
-    """Print a table with as many columns as fit the screen, none of them cut, and return their indices.
+def print_by_site(title: str, models: dict[str, tuple[float | None, dict[str, Any]]], section: int = 0) -> bool:
+    """Print models' accuracies: of each site if that fits the screen, else quantiles over the sites. Return which.
+
+    Args:
+        title: of the table.
+        models: name of a model -> its mean, and site -> its accuracy there, None if unknown.
+        section: see `print_table`.
+    """
+    sites = list(dict.fromkeys(site for _, own in models.values() for site in own))
+    rows = [["", "all sites", *sites]]
+    rows += [[name, *map(as_text, [mean, *map(own.get, sites)])] for name, (mean, own) in models.items()]
+    if fits(rows):
+        print_table(title, rows, section)
+        return True
+    rows = [["", "mean", "sites", *QUANTILES]]
+    for name, (mean, own) in models.items():
+        known = [value for value in own.values() if value is not None]
+        rows.append([name, *map(as_text, [mean, len(known), *quantiles(known)])])
+    print_table(f"{title}, over the sites", rows, section)
+    return False
+
+
+def fits(rows: list[list[str]]) -> bool:
+    """Whether a table is as narrow as the screen."""
+    return sum(1 + max(map(cell_len, cells)) for cells in zip(*rows, strict=True)) <= Console().width + 1
+
+
+def print_table(title: str, rows: list[list[str]], section: int = 0) -> None:
+    """Print a table, no cell cut. Columns that do not fit the screen follow in further tables.
 
     Args:
         title: may be empty.
         rows: cells of any text; the first row is the header.
-        always: headers of the columns to show even where they do not fit.
         section: the row after which a new section begins; 0: none.
     """
-    widths = [1 + max(map(cell_len, cells)) for cells in zip(*rows, strict=True)]
-    room, shown = Console().width + 1, []
-    for i in sorted(range(len(widths)), key=lambda i: rows[0][i] not in always):  # stable: these first
-        if widths[i] <= room or rows[0][i] in always:
-            room -= widths[i]
-            shown.append(i)
-    shown.sort()
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-    for i in shown:
-        justify: Literal["left", "right"] = "right" if i else "left"
-        table.add_column(Text(rows[0][i]), justify=justify, no_wrap=True)  # Text: `[/b]` in a name is not markup
-    for number, row in enumerate(rows[1:], start=1):
-        table.add_row(*(row[i] for i in shown), end_section=number == section)
     print(f"\n{title}" if title else "")  # not the table's own title, which rich wraps to the table's width
-    Console(markup=False, emoji=False, width=sum(widths)).print(table)
-    return shown
-
-
-def print_omitted(file: str, **counts: tuple[int, int]) -> None:
-    """Say what a table left out and which file has it; `counts`: kind -> number shown, number in total."""
-    omitted = [f"{total - shown} of {total} {kind}" for kind, (shown, total) in counts.items() if shown < total]
-    if omitted:
-        print(f"(not shown: {', '.join(omitted)}; {file} has all)")
+    end = len(rows[0])
+    while end > 2 and not fits([row[:end] for row in rows]):
+        end -= 1
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for i, name in enumerate(rows[0][:end]):
+        justify: Literal["left", "right"] = "right" if i else "left"
+        table.add_column(Text(name), justify=justify, no_wrap=True)  # Text: `[/b]` in a name is not markup
+    for number, row in enumerate(rows[1:], start=1):
+        table.add_row(*row[:end], end_section=number == section)
+    Console(
+        markup=False, emoji=False, width=sum(max(map(cell_len, cells)) + 1 for cells in zip(*rows, strict=True))
+    ).print(table)
+    if end < len(rows[0]):
+        print_table("", [[row[0], *row[end:]] for row in rows], section)
 
 
 def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -132,10 +165,7 @@ def main() -> None:
             show_distribution(counts)
         show(results[runs[0].name])
     else:
-        rows = [["", *results], *compare(results)]
-        while len(rows[0]) > 1:  # where not all runs fit, the others follow in further tables
-            shown = print_table("", rows, rows[0][:2])
-            rows = [[row[0], *(cell for i, cell in enumerate(row) if i not in shown)] for row in rows]
+        print_table("", [["", *results], *compare(results)])
 
 
 if __name__ == "__main__":

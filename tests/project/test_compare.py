@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import signal
 import sys
@@ -154,19 +155,61 @@ def test_a_site_without_test_images_has_a_dash(capsys):
     assert "0 of 1 sites gain" in out
 
 
-@pytest.mark.parametrize("n_sites", [2, 8, 20, 100])
-def test_its_table_has_the_sites_that_fit_and_the_worst_one(capsys, monkeypatch, n_sites):
-    monkeypatch.setenv("COLUMNS", "80")
+def comparison_of(n_sites):
     row = {"all": 0.5, "sites": {f"site-{i}": 1 - i / 1000 for i in range(1, n_sites + 1)}}
-    compare.show({"epochs": 1, "model_class": "LitNet", "rows": dict.fromkeys(compare.ROWS, row)})
+    return {"run": "first", "epochs": 1, "model_class": "LitNet", "rows": dict.fromkeys(compare.ROWS, row)}
+
+
+@pytest.mark.parametrize("n_sites", [2, 6, 21, 1001])
+def test_its_table_has_each_site_or_quantiles(capsys, monkeypatch, n_sites):
+    monkeypatch.setenv("COLUMNS", "80")
+    compare.show(comparison_of(n_sites))
     lines = capsys.readouterr().out.splitlines()
-    shown = [1, 2] if n_sites == 2 else [1, 2, 3, 4, 5, n_sites]
     assert max(map(len, lines)) <= 80
-    assert lines[2].split() == ["all", "sites", *(f"site-{i}" for i in shown)]
+    each = {i: f"{1 - i / 1000:.3f}" for i in range(1, n_sites + 1)}
+    if n_sites <= 6:
+        assert lines[2].split() == ["all", "sites", *(f"site-{i}" for i in each)]
+        expected = ["0.500", *each.values()]
+    else:
+        assert lines[2].split()[:3] == ["mean", "sites", "min"]
+        low, median, high = (each[n_sites - math.ceil(share * n_sites) + 1] for share in (0.1, 0.5, 0.9))
+        expected = ["0.500", f"{n_sites:,}", each[n_sites], low, median, high, each[1]]
     for title, line in zip(compare.ROWS.values(), lines[4:8], strict=True):
-        assert line.removeprefix(title).split() == ["0.500", *(f"{1 - i / 1000:.3f}" for i in shown)]
-    omitted = f"(not shown: {n_sites - 6} of {n_sites} sites; compare.json has all)"
-    assert (omitted in lines) == (n_sites > 2)
+        assert line.removeprefix(title).split() == expected
+
+
+@pytest.mark.parametrize("n_sites", [8, 1000])
+def test_its_plot_has_no_overlapping_labels(tmp_path, monkeypatch, n_sites):
+    import matplotlib.figure
+
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k)
+    )
+    compare.plot(comparison_of(n_sites), tmp_path / "plot.png")
+    figures[0].draw_without_rendering()  # with the figure's own resolution again
+    (axes,) = figures[0].axes
+    boxes = [text.get_window_extent() for text in (*axes.texts, *axes.get_xticklabels()) if text.get_text()]
+    assert len(boxes) == {8: 4 * 9 + 9, 1000: 4}[n_sites]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_a_tested_sample_is_compared_with_the_same_sites(run):
+    folder, result = run(n_clients=3)
+    test = {**result["test"], "sites": {"site-2": result["test"]["sites"]["site-2"]}}
+    compared = compare.compare(RunFolder(folder), {**result, "test": test})
+    assert all(list(row["sites"]) == ["site-2"] for row in compared["rows"].values())
+    compare.show(compared)
+
+
+def test_few_of_many_sites_are_listed_while_they_train(run, capsys):
+    folder, result = run(n_clients=10)
+    compare.compare(RunFolder(folder), {**result, "max_batches": 1})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:10]] == [
+        *("centralized", *(f"site-{i} alone" for i in range(1, 9)), "and 2 more sites alone")
+    ]
 
 
 def test_its_plot_shows_sites_without_test_images(tmp_path):

@@ -15,6 +15,7 @@ from federation.run import schema
 from federation.run.folder import RunFolder
 from programs import PROJECT
 from settings import Options
+from synthetic import write_run
 
 OLDER = Path(__file__).with_name("results_version_0.json")  # written before the file had a version
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -56,6 +57,7 @@ class TestASchema:
         assert result["rounds"][3]["accuracy"] == 0.22622622459291578
         assert result["rounds"][3]["loss"] is None
         assert result["rounds"][3]["losses"] == {"site-1": None, "site-2": None, "site-3": None}
+        assert result["rounds"][3]["participants"] is None
         assert (result["sha256"], result["timing"], result["versions"]) == (None, None, {})
 
     def test_of_this_version_is_read_unchanged(self, runs):
@@ -76,8 +78,8 @@ class TestASchema:
 
 
 BROKEN = {
-    "newer": ('{"version": 99}', "has version 99, but this project reads up to 1"),
-    "cut short": ('{"version": 1, "rou', "is broken: run python job.py again"),
+    "newer": ('{"version": 99}', "has version 99, but this project reads up to 2"),
+    "cut short": ('{"version": 2, "rou', "is broken: run python job.py again"),
 }
 
 
@@ -179,26 +181,48 @@ class TestATable:
             (runs / "many" / "partition.json").write_text(json.dumps({"counts": counts}), encoding="utf-8")
             lines = program("many")[1].splitlines()
             assert max(map(len, lines)) <= 80
-            accuracies = lines.index("Accuracy of the global model (image_folder, dirichlet)")
+            accuracies = next(i for i, line in enumerate(lines) if line.startswith("Accuracy of the global model"))
             return lines[:accuracies], lines[accuracies:]
 
         return make
 
-    @pytest.mark.parametrize(
-        ("n_sites", "shown"),
-        [(1, [1]), (2, [1, 2]), (8, [1, 2, 3, 4, 5, 6, 8]), (20, [*range(1, 7), 20]), (100, [*range(1, 7), 100])],
-    )
-    def test_of_accuracies_has_the_sites_that_fit_and_the_worst(self, show, n_sites, shown):
+    LABELS = ("untrained", "after round 1", "after round 2", "after round 3", "final test", "best test (round 2)")
+
+    @pytest.mark.parametrize("n_sites", [1, 2, 7])
+    def test_of_accuracies_has_a_column_per_site(self, show, n_sites):
         _, (_, header, _, *lines) = show(n_sites)
-        assert header.split() == ["all", "sites", *(f"site-{i}" for i in shown)]
-        labels = ["untrained", "after round 1", "after round 2", "after round 3", "final test", "best test (round 2)"]
-        rows = [line for line in lines if line.startswith(tuple(labels))]
-        assert len(rows) == len(labels)
-        for label, row in zip(labels, rows, strict=True):
-            assert row.removeprefix(label).split() == ["0.500", *(f"{1 - i / 1000:.3f}" for i in shown)]
-        omitted = [line for line in lines if "not shown" in line]
-        missing = n_sites - len(shown)
-        assert omitted == ([f"(not shown: {missing} of {n_sites} sites; results.json has all)"] if missing else [])
+        sites = range(1, n_sites + 1)
+        assert header.split() == ["all", "sites", *(f"site-{i}" for i in sites)]
+        rows = [line for line in lines if line.startswith(self.LABELS)][:6]
+        for label, row in zip(self.LABELS, rows, strict=True):
+            assert row.removeprefix(label).split() == ["0.500", *(f"{1 - i / 1000:.3f}" for i in sites)]
+        assert not any("worst" in line for line in lines if not line.startswith("Final test accuracy"))
+
+    @pytest.mark.parametrize(
+        ("n_sites", "quantiles"),
+        [
+            (8, ["8", "0.992", "0.992", "0.995", "0.999", "0.999"]),
+            (1001, ["1,001", "-0.001", "0.099", "0.499", "0.899", "0.999"]),
+        ],
+    )
+    def test_of_accuracies_of_many_sites_has_quantiles(self, show, n_sites, quantiles):
+        _, (title, header, _, *lines) = show(n_sites)
+        assert title.endswith("over the sites")
+        assert header.replace("10 %", "low").replace("90 %", "high").split() == [
+            *("mean", "sites", "min", "low", "median", "high", "max")
+        ]
+        rows = [line for line in lines if line.startswith(self.LABELS)][:6]
+        for label, row in zip(self.LABELS, rows, strict=True):
+            assert row.removeprefix(label).split() == ["0.500", *quantiles]
+
+    @pytest.mark.parametrize(("n_sites", "n_shown"), [(8, 8), (1000, 10)])
+    def test_of_many_sites_is_followed_by_the_worst_in_the_final_test(self, show, n_sites, n_shown):
+        _, lines = show(n_sites)
+        start = lines.index(f"Final test: the worst {n_shown} of {n_sites:,} sites")
+        rows = [line.split() for line in lines[start + 3 : start + 3 + n_shown]]
+        worst = range(n_sites, n_sites - n_shown, -1)
+        assert rows == [[f"site-{i}", f"{1 - i / 1000:.3f}", "9"] for i in worst]
+        assert not lines[start + 3 + n_shown]
 
     def test_of_accuracies_has_the_first_and_the_last_rounds(self, show):
         _, lines = show(2, n_rounds=100)
@@ -207,21 +231,44 @@ class TestATable:
         assert lines[3].startswith("untrained")
         assert "(not shown: 81 of 101 rounds; results.json has all)" in lines
 
-    @pytest.mark.parametrize(("n_sites", "n_shown"), [(2, 2), (8, 8), (20, 20), (100, 20)])
-    def test_of_images_has_whole_names_of_classes(self, show, n_sites, n_shown):
+    @pytest.mark.parametrize("n_sites", [2, 8, 20])
+    def test_of_images_has_whole_names_of_classes(self, show, n_sites):
         (_, _, header, _, *lines), _ = show(n_sites)
         assert header.split() == ["site", *self.CLASSES, "all"]
-        rows = [line.split() for line in lines if line.startswith("site-")]
-        assert rows == [[f"site-{i}", *["1000"] * 10, "10000"] for i in range(1, n_shown + 1)]
-        omitted = [line for line in lines if "not shown" in line]
-        assert omitted == (["(not shown: 80 of 100 sites; partition.json has all)"] if n_sites == 100 else [])
+        rows = [line.split() for line in lines if line]
+        assert rows == [[f"site-{i}", *["1000"] * 10, "10000"] for i in range(1, n_sites + 1)]
 
-    def test_of_images_has_the_classes_that_fit(self, show):
+    def test_of_images_of_many_sites_has_a_row_per_class(self, show):
+        (_, title, header, _, *lines), _ = show(1000)
+        assert title == "Images per site (training + validation), over the sites that have any"
+        assert header.split()[:3] == ["sites", "images", "min"]
+        assert lines[0].split() == ["all", "classes", "1,000", "10,000,000", *["10,000"] * 5]
+        assert [line.split() for line in lines[2:12]] == [
+            [name, "1,000", "1,000,000", *["1,000"] * 5] for name in self.CLASSES
+        ]
+        assert lines[12] == "Classes per site: min 10, 10 % 10, median 10, 90 % 10, max 10"
+
+    def test_of_images_of_many_classes_has_those_at_the_fewest_sites(self, capsys):
+        classes = [f"class-{i}" for i in range(30)]
+        results.show_distribution(
+            {f"site-{k}": {name: int(k <= 60 - i) for i, name in enumerate(classes)} for k in range(1, 61)}
+        )
+        lines = capsys.readouterr().out.splitlines()
+        rows = [line.split()[:2] for line in lines if line.startswith("class-")]
+        assert rows == [[f"class-{i}", str(60 - i)] for i in range(29, 9, -1)]
+        assert "(not shown: 10 of 30 classes, at more sites; partition.json has all)" in lines
+
+    def test_of_images_with_long_names_of_classes_has_a_row_per_class(self, show):
         classes = ["adenocarcinoma", "large cell carcinoma", "squamous cell carcinoma", "small cell carcinoma", "none"]
-        (_, _, header, _, *lines), _ = show(3, classes=classes)
-        assert header.split() == ["site", *" ".join(name for name in classes if "small" not in name).split(), "all"]
-        assert lines[0].split() == ["site-1", *["1000"] * 4, "5000"]
-        assert "(not shown: 1 of 5 classes; partition.json has all)" in lines
+        (_, _, _, _, *lines), _ = show(3, classes=classes)
+        assert [line.split("  ")[0] for line in lines[2:7]] == classes
+
+    @pytest.mark.parametrize(("n_sites", "n_rounds", "cohort"), [(100, 100, None), (1000, 100, 50), (1000, 3, 50)])
+    def test_of_any_run_fits_a_page(self, runs, program, n_sites, n_rounds, cohort):
+        write_run(runs / "many", n_sites, n_rounds, cohort)
+        lines = program("many")[1].splitlines()
+        assert max(map(len, lines)) <= 80
+        assert len(lines) <= 65
 
     def test_of_many_runs_continues_in_another_table(self, runs, program):
         names = [f"20260101-12000{i}" for i in range(9)]
@@ -233,7 +280,7 @@ class TestATable:
         seeds = [line.split()[1:] for line in lines if line.startswith("seed ")]
         assert len(seeds) > 1 and sum(seeds, []) == [str(i) for i in range(9)]
 
-    def test_shows_the_worst_site_even_if_its_name_is_too_wide(self, runs, program):
+    def test_has_each_site_in_the_final_test_even_if_its_name_is_too_wide(self, runs, program):
         """It may exceed the screen, but is not cut."""
         result = json.loads(OLDER.read_text(encoding="utf-8"))
         name = "the-hospital-" * 8
@@ -242,8 +289,36 @@ class TestATable:
         add_run(runs / "wide", rounds=result["rounds"], test={**result["test"], "worst": name})
         (runs / "wide" / "partition.json").write_text('{"counts": {}}', encoding="utf-8")
         lines = program("wide")[1].splitlines()
-        assert lines[2].split() == ["all", "sites", name]
-        assert "(not shown: 2 of 3 sites; results.json has all)" in lines
+        start = lines.index("Final test: the worst 3 of 3 sites")
+        assert [line.split()[0] for line in lines[start + 3 : start + 6]] == [name, "site-1", "site-2"]
+
+
+class TestRandomSites:
+    """Only some of the sites train in a round, or are in the final test."""
+
+    def test_are_counted_on_the_screen(self, runs, program):
+        write_run(runs / "cohorts", 100, 4, cohort=10, tested=20)
+        _, out, _ = program("cohorts")
+        trained = {
+            site for entry in schema.read(RunFolder(runs / "cohorts"))["rounds"] for site in entry["participants"] or []
+        }
+        assert 10 < len(trained) < 41
+        assert f"\nIn each round, 10 random sites of 100 trained ({len(trained)} in at least one).\n" in out
+        assert "\nThe final test covers 20 random sites of 100.\n" in out
+        rows = {line[:13].strip(): line.split() for line in out.splitlines()}
+        assert rows["after round 2"][4] == "10" and rows["final test"][3] == "20"
+
+    def test_have_a_column_if_they_fit(self, runs, program):
+        write_run(runs / "few", 3, 4, cohort=1, tested=1)
+        _, out, _ = program("few")
+        header = next(line for line in out.splitlines() if "all sites" in line)
+        assert set(header.split()) == {"all", "sites", "site-1", "site-2", "site-3"}
+        row = next(line for line in out.splitlines() if line.startswith("final test"))
+        assert row.split().count("-") == 2
+
+    def test_are_not_mentioned_if_all_took_part(self, runs, program):
+        write_run(runs / "all", 100)
+        assert " random " not in program("all")[1]
 
 
 MARKUP = "[/x]"  # to rich, the end of a style that never began, which raises
@@ -324,6 +399,23 @@ class TestCaveats:
         add_run(runs / "second", lost=["site-3"], rounds=rounds)
         _, out, _ = program("second")
         assert "WARNING: the means after round 1 exclude site-2\n" in out
+
+    def test_name_three_of_many_sites(self, runs, program):
+        names = [f"site-{i}" for i in range(1, 951)]
+        rounds = json.loads(OLDER.read_text(encoding="utf-8"))["rounds"]
+        rounds[1]["missing"] = names
+        add_run(runs / "second", rounds=rounds)
+        assert "WARNING: the means after round 1 exclude site-1, site-2, site-3 and 947 more\n" in program("second")[1]
+        add_run(runs / "third", lost=names)
+        assert "no final evaluation from site-1, site-2, site-3 and 947 more: " in program("third")[1]
+
+    def test_on_rounds_are_limited_in_number(self, runs, program):
+        rounds = json.loads(OLDER.read_text(encoding="utf-8"))["rounds"]
+        many = [{**rounds[1], "round": number, "missing": ["site-2"]} for number in range(100)]
+        add_run(runs / "second", rounds=many)
+        _, out, _ = program("second")
+        assert out.count("WARNING") == 21
+        assert "WARNING: 80 more rounds with missing sites: see results.json\n" in out
 
     def test_are_limited_in_number(self, runs, program):
         add_run(runs / "second", rejected=[self.REJECTED] * 1000)

@@ -20,8 +20,8 @@ def confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> dic
         classes: names, in the order of the labels.
 
     Returns:
-        Site -> int64 (classes, classes), number of images by true class (row) and predicted class (column), for each
-        site that has test images.
+        int64 (classes, classes), number of images by true class (row) and predicted class (column): of `all sites`, and
+        of the worst one under its name. Empty if no site has test images.
 
     Raises:
         UserError: the images are missing or differ from the site's; the message is part of a sentence.
@@ -44,17 +44,21 @@ def confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> dic
     model = trainer.make_model(options)
     model.load_state_dict(torch.load(run.path / result["model"], weights_only=True))
     model.eval()
-    matrices = {site: np.zeros((n_classes, n_classes), dtype=np.int64) for site in tests}
-    for site, matrix in matrices.items():
+    whole, matrices = np.zeros((n_classes, n_classes), dtype=np.int64), {}
+    for site, test in tests.items():
         data = SiteDataModule(site, options)
         data.prepare_data()
         data.setup("test")
-        if (found := trainer.n_images(data, "test")) != (had := tests[site]["images"]):
-            raise UserError(f"{site} had {had} test images, but this machine has {found} for it")
+        if (found := trainer.n_images(data, "test")) != test["images"]:
+            raise UserError(f"{site} had {test['images']} test images, but this machine has {found} for it")
+        matrix = np.zeros_like(whole)
         for index, batch in enumerate(data.test_dataloader()):
             with torch.inference_mode():
                 scores, labels = model.predict_step(batch, index), batch[1]
             if scores.shape != (len(labels), n_classes):
                 raise UserError("predict_step of model.py does not return a score per image and class")
             np.add.at(matrix, (labels.numpy(), scores.argmax(dim=1).numpy()), 1)
-    return matrices
+        whole += matrix
+        if site == result["test"]["worst"]:
+            matrices[site] = matrix
+    return {"all sites": whole, **matrices}

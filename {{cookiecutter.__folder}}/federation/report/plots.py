@@ -8,11 +8,17 @@ import warnings
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-MAX_LINES = 20  # with more sites than this, all get the same color and one legend entry
-MAX_ANNOTATED = 16  # larger heat maps show no numbers in their cells
+from federation.run.metrics import QUANTILES, some
+
+MAX_ANNOTATED = 16  # larger heat maps have a color bar instead of numbers in their cells
+MAX_NAMES, LONG = 40, 6.0  # longer axes have numbers instead of names, and this length in inches
 LINES = ("-", "--", "-.", ":")  # overlapping lines stay visible
+DPI = 200  # of what is drawn as pixels
+N_INTERVALS = 1000  # of a timeline
 COLORS = {"start": "#b8b8b8", "computing": "#2a78b5", "evaluating": "#e39b2d", "waiting": "#e8e8e8"}  # timing.KINDS
 STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, searchable, accessible
@@ -29,31 +35,36 @@ STYLE = {
 
 
 @matplotlib.rc_context(STYLE)
-def curves(series: dict[str, list[float | None]], label: str) -> str | None:
+def curves(series: dict[str, dict[int, float | None]], label: str) -> str | None:
     """Plot one line per series by round, `all sites` in black on top; None if there are no values.
 
     Args:
-        series: name -> one value per round, None where unknown.
+        series: name -> round -> value, None where unknown. Quantiles over the sites become bands.
         label: the metric's name.
     """
-    values = {name: np.array(own, dtype=float) for name, own in series.items()}  # None becomes NaN, a gap
+    values = {name: np.array([*own.values()], dtype=float) for name, own in series.items()}  # None becomes NaN, a gap
     known = {name: own for name, own in values.items() if not np.isnan(own).all()}
     if not known:
         return None
-    names = ", ".join(known)
+    bands = [name for name in series if name != "all sites"] == [*QUANTILES]
+    names = "mean and distribution over the sites" if bands else some(known)
     whole = known.pop("all sites", None)
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
+    if bands:
+        rounds, (least, low, median, high, most) = list(series["all sites"]), known.values()
+        axes.fill_between(rounds, least, most, color="#dbe9f4", linewidth=0, label="min to max")
+        axes.fill_between(rounds, low, high, color="#9cc4e0", linewidth=0, label="10 % to 90 %")
+        axes.plot(rounds, median, color="#1f5f96", linestyle="--", linewidth=1.5, label="median")
+        known = {}
     colors = matplotlib.colormaps["tab10" if len(known) <= 10 else "tab20"].colors
     for number, (name, own) in enumerate(known.items()):
-        if len(known) > MAX_LINES:
-            style = {"color": "#9db7cc", "label": None if number else "each site"}
-        else:  # matplotlib omits labels with a leading underscore from legends
-            text = re.sub("^_", "\u200b_", name)
-            style = {"color": colors[number], "linestyle": LINES[number % len(LINES)], "label": text}
-        axes.plot(own, linewidth=1.2, marker=".", **style)
+        text = re.sub("^_", "\u200b_", name)  # matplotlib omits labels with a leading underscore from legends
+        style = {"color": colors[number % len(colors)], "linestyle": LINES[number % len(LINES)], "label": text}
+        axes.plot(list(series[name]), own, linewidth=1.2, marker=".", **style)
     if whole is not None:
-        axes.plot(whole, color="#111111", label="all sites", linewidth=2.2, marker="o", markersize=4)
+        style = {} if bands else {"marker": "o", "markersize": 4}
+        axes.plot(list(series["all sites"]), whole, color="#111111", label="all sites", linewidth=2.2, **style)
     axes.set(xlabel="after round", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
@@ -72,16 +83,29 @@ def heat_map(matrix: np.ndarray, rows: list[str], columns: list[str], label: str
     shade = matrix / np.maximum(matrix.sum(axis=1, keepdims=True) if confusion else matrix.max(), 1)
     numbered = max(matrix.shape) <= MAX_ANNOTATED
     cell = 0.36 if numbered else 0.24  # inches
-    margin = 0.075 * max(len(name) for name in (*rows, *columns)) + 0.6
-    size = (max(3.0, cell * len(columns) + margin), max(1.6, cell * len(rows) + margin))
-    figure = Figure(figsize=size, layout="constrained")
+    shown = [name for names in (rows, columns) if len(names) <= MAX_NAMES for name in names]
+    margin = 0.075 * max(map(len, shown), default=4) + 0.6
+    width, height = (margin + (cell * n if n <= MAX_NAMES else LONG) for n in (len(columns), len(rows)))
+    figure = Figure(figsize=(max(3.0, width + (not numbered)), max(1.6, height)), layout="constrained")
     axes = figure.subplots()
-    axes.pcolormesh(shade, cmap="Blues", vmin=0, vmax=1, edgecolor="white", linewidth=0.5)
-    axes.set_aspect("equal")
     axes.grid(False)
+    if numbered:
+        axes.pcolormesh(shade, cmap="Blues", vmin=0, vmax=1, edgecolor="white", linewidth=0.5)
+        axes.set_aspect("equal")
+    else:  # as pixels, because thousands of rectangles would be megabytes
+        norm, ticks = (
+            (Normalize(0, 1), None) if confusion else (LogNorm(1, max(matrix.max(), 2)), LogLocator(subs=(1, 2, 5)))
+        )
+        mesh = axes.pcolormesh(shade if confusion else matrix, cmap="viridis_r", norm=norm, rasterized=True)
+        unit = "share of the true class" if confusion else "images (white: none)"
+        figure.colorbar(mesh, label=unit, shrink=0.8, ticks=ticks, format="{x:,.6g}")
     axes.invert_yaxis()
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90)
+    for axis, names, kind in ((axes.yaxis, rows, "sites"), (axes.xaxis, columns, "classes")):
+        if len(names) <= MAX_NAMES:
+            axis.set_ticks(np.arange(len(names)) + 0.5, names)
+        else:
+            axis.set_label_text(kind)
+    axes.tick_params(axis="x", rotation=90)
     axes.tick_params(length=0)
     if confusion:
         axes.set(ylabel="true class", xlabel="predicted class")
@@ -93,18 +117,24 @@ def heat_map(matrix: np.ndarray, rows: list[str], columns: list[str], label: str
 
 @matplotlib.rc_context(STYLE)
 def timeline(phases: dict[str, list[tuple[float, float, str]]]) -> str:
-    """Plot the result of `timing.phases`: one row per site."""
-    figure = Figure(figsize=(10, 0.9 + 0.26 * len(phases)), layout="constrained")
+    """Plot the result of `timing.phases`: one row per process; in each interval, the share of each kind."""
+    figure = Figure(figsize=(10, 0.9 + 0.26 * min(len(phases), MAX_NAMES)), layout="constrained")
     axes = figure.subplots()
+    edges = np.linspace(0, max(spans[-1][1] for spans in phases.values()), N_INTERVALS + 1)
     for row, spans in enumerate(phases.values()):
+        base, ends = np.full(N_INTERVALS, row + 0.9), [0.0, *(end for _, end, _ in spans)]
         for kind, color in COLORS.items():
-            bars = [(start, end - start) for start, end, k in spans if k == kind]
-            axes.broken_barh(bars, (row + 0.1, 0.8), color=color, label=None if row else kind)
-    axes.set_yticks(np.arange(len(phases)) + 0.5, list(phases))
+            spent = np.cumsum([0.0, *((end - start) * (k == kind) for start, end, k in spans)])
+            top = base - 0.8 * np.diff(np.interp(edges, ends, spent)) / edges[1]
+            label = None if row else kind
+            axes.stairs(top, edges, baseline=base, fill=True, color=color, label=label, rasterized=True)
+            base = top
+    if len(phases) <= MAX_NAMES:
+        axes.set_yticks(np.arange(len(phases)) + 0.5, list(phases))
     axes.invert_yaxis()
     axes.set(xlabel="seconds")
     figure.legend(loc="outside upper center", ncols=len(COLORS), fontsize=8)
-    return _svg(figure, "Timeline of each site")
+    return _svg(figure, "Timeline of each process")
 
 
 def _svg(figure: Figure, label: str) -> str:
@@ -113,7 +143,7 @@ def _svg(figure: Figure, label: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser draws it with another font
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(stream, format="svg", bbox_inches="tight", metadata=nothing)
+        figure.savefig(stream, format="svg", bbox_inches="tight", metadata=nothing, dpi=DPI)
     svg = stream.getvalue()
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # ids that nothing refers to
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -10,11 +10,12 @@ from typing import Any
 
 from federation.errors import UserError
 from federation.run.folder import RunFolder
+from federation.run.metrics import some
 from settings import INHERITED, Options
 
-VERSION = 1
+VERSION = 2
 DOMINANT_SHARE = 0.9  # share of all training images above which one site decides the mean
-MAX_CAVEATS = 20  # on rejected answers
+MAX_CAVEATS = 20  # of a kind
 CONFIGURATION = [each.name for each in fields(Options) if "resume" in each.metadata]  # what defines a run's training
 STAGE_OPTIONS = [  # may differ between a run and the one that it resumes
     each.name
@@ -86,6 +87,7 @@ def read(run: RunFolder) -> dict[str, Any]:
         entry.setdefault("loss", None)
         entry.setdefault("losses", dict.fromkeys(entry["sites"]))
         entry.setdefault("missing", [])
+        entry.setdefault("participants", None)
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
     usual |= {"rejected": [], "images": {}}
     return {**usual, **dict.fromkeys(ADDED_KEYS), **result}
@@ -97,23 +99,39 @@ def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
     return result["stages"] or [{"rounds": result["rounds"][-1]["round"], **known}]
 
 
+def coverage(result: dict[str, Any]) -> list[str]:
+    """Sentences on random choices of sites: who trained in a round, who was tested. Empty if all were."""
+    found, n_sites = [], f"random sites of {result['n_clients']:,}"
+    if cohorts := [entry["participants"] for entry in result["rounds"] if entry["participants"]]:
+        least, most = (f"{bound(map(len, cohorts)):,}" for bound in (min, max))
+        size = least if least == most else f"{least} to {most}"
+        found.append(f"In each round, {size} {n_sites} trained ({len(set().union(*cohorts)):,} in at least one).")
+    if result.get("evaluate_sites"):
+        found.append(f"The final test covers {len(result['test']['sites']):,} {n_sites}.")
+    return found
+
+
 def caveats(result: dict[str, Any]) -> list[str]:
     """Warnings about a run's metrics, one line each: missing sites, rejected answers, a dominant site."""
-    found = []
+    found, rejected, excluded = [], [], []
     if result["lost"]:
-        found.append(f"no final evaluation from {', '.join(result['lost'])}: the means exclude them")
-    for record in result["rejected"][:MAX_CAVEATS]:
+        found.append(f"no final evaluation from {some(result['lost'])}: the means exclude them")
+    for record in result["rejected"]:
         when = "an evaluation" if record["round"] is None else f"round {record['round'] + 1}"
-        found.append(f"the server rejected the answer of {record['site']} in {when}: {record['reason']}")
-    if len(result["rejected"]) > MAX_CAVEATS:
-        found.append(f"{len(result['rejected']) - MAX_CAVEATS} more rejected answers: see results.json")
+        rejected.append(f"the server rejected the answer of {record['site']} in {when}: {record['reason']}")
+    lost = set(result["lost"])
     for entry in result["rounds"]:
-        if missing := [site for site in entry["missing"] if site not in result["lost"]]:
-            found.append(f"the means {after_rounds(entry['round'])} exclude {', '.join(missing)}")
+        if missing := [site for site in entry["missing"] if site not in lost]:
+            excluded.append(f"the means {after_rounds(entry['round'])} exclude {some(missing)}")
+    for kind, lines in {"rejected answers": rejected, "rounds with missing sites": excluded}.items():
+        found += lines[:MAX_CAVEATS]
+        if len(lines) > MAX_CAVEATS:
+            found.append(f"{len(lines) - MAX_CAVEATS} more {kind}: see results.json")
     train = {site: own["train"] for site, own in result["images"].items()}
+    total = sum(train.values())
     for site, count in train.items():
-        if len(train) > 2 and count > DOMINANT_SHARE * sum(train.values()):
-            found.append(f"{site} reported {count:,} of all {sum(train.values()):,} training images: is that right?")
+        if len(train) > 2 and count > DOMINANT_SHARE * total:
+            found.append(f"{site} reported {count:,} of all {total:,} training images: is that right?")
     return found
 
 
