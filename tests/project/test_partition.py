@@ -225,6 +225,14 @@ def own_rows(site: str | None, options, labels=BALANCED, test_labels=BALANCED[::
     return {part: rows.tolist() for part, rows in split(labels, test_labels, site, options).items()}
 
 
+def test_small_sites_validate_on_all_classes_alike(options):
+    """Also where the images are sorted by class, as those of image folders are."""
+    labels = np.repeat(np.arange(10), 500)
+    rows = split(labels, labels, None, options(n_clients=100, partition="iid"))
+    shares = np.bincount(labels[rows["val"]]) / len(rows["val"])
+    np.testing.assert_allclose(shares, 0.1, atol=0.02)
+
+
 @pytest.mark.parametrize("scheme", PARTITIONS)
 def test_all_sites_together_have_what_each_of_them_has(scheme, options):
     run = options(n_clients=3, partition=scheme)

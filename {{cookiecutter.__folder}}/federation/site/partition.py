@@ -74,7 +74,9 @@ def _split(
     training = partition(train_labels, n_sites, scheme, seed, alpha, shards_per_site)
     counts = np.array([np.bincount(train_labels[own], minlength=n_classes) for own in training])
     testing = partition_like(test_labels, counts, seed)
-    trained = [split_off(own, VALIDATION_SHARE, seed) for own in training]
+    # With one seed for all sites, small sites of equal size would validate on images from the same places of the data,
+    # often of the same classes, and train on the other classes.
+    trained = [split_off(own, VALIDATION_SHARE, (seed + i) % 2**32) for i, own in enumerate(training)]
     return [{"train": own, "val": val, "test": tested} for (own, val), tested in zip(trained, testing, strict=True)]
 
 
