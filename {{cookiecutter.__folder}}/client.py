@@ -1,7 +1,7 @@
-"""What one site does: receive the global model, validate it, train it on its own images, test it, predict.
+"""What one site does: receive the global model, validate it, train it on the site's images, test it, predict.
 
-It is an ordinary Lightning script but for the lines marked (1) to (4). `main` is called once for each task of a site,
-by federation/site/host.py; NVFlare's own executor, which calls it once for all tasks, can run it as well.
+Apart from the lines marked (1) to (4), this is an ordinary Lightning script. federation/site/host.py calls `main` once
+per task of a site. It also runs under NVFlare's own executor, which calls it once for all tasks.
 """
 
 import os
@@ -21,7 +21,7 @@ from federation.site.progress import Progress
 from settings import Options
 from trainer import make_model, make_trainer, n_images, training_seed
 
-SHARE_VARIABLE = "FL_SHARE_COUNTS"  # a site that sets it to 1 tells how many images of each class it has
+SHARE_VARIABLE = "FL_SHARE_COUNTS"  # a site sets it to 1 to share its number of images per class
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
-    """The site's data, ready to use. Each round shuffles it in a different order."""
+    """The site's data, ready to use; shuffled differently in each round."""
     data = SiteDataModule(site, options)
     data.prepare_data()
     data.setup("fit")
@@ -61,9 +61,10 @@ def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
 
 
 def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, options: Options) -> FLModel:
-    """Answer an evaluation task: the metrics of the received model on the site's validation and test images.
+    """Answer an evaluation task: metrics of the received model on the site's validation and test images.
 
-    The numbers of images, by which the server weighs them, go along, and those of each class where the site tells.
+    Includes the numbers of images, by which the server weights the metrics, and if the site shares them, those per
+    class.
     """
     print("--- evaluate global model ---")
     model.load_state_dict(received.params)
@@ -78,10 +79,10 @@ def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, op
 
 
 def weights(data: SiteDataModule) -> dict[str, int]:
-    """What the server weighs the site by: its weights by its training images, its validation by those images.
+    """The site's weight in the server's means: training images for its model, validation images for its metrics.
 
-    McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"; NVFlare's own
-    default counts training steps.
+    As in McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data". NVFlare's
+    default is the number of training steps.
     """
     return {MetaKey.NUM_STEPS_CURRENT_ROUND: n_images(data, "train"), VAL_IMAGES: n_images(data, "val")}
 

@@ -1,14 +1,14 @@
-"""The models that the sites can train together: `LitNet`, a small one and the default, and `LitResNet`, a larger one.
+"""The models: `LitNet`, the small default, and `LitResNet`, a ResNet-18.
 
-Replace them, or add your own: `--model NAME` takes any LightningModule that is defined here. What the rest of the
-project relies on:
+Replace them or add your own: `--model NAME` accepts any LightningModule defined here. The rest of the project relies on
+this:
 
-- `NAME(num_classes, options)` builds it, on the server too; `options` are those of settings.py;
-- `validation_step` logs `val_acc` and `val_loss`, `test_step` logs `test_acc` and `test_loss`;
-- all that is learned is in its `state_dict()`: that is what travels. Each round makes the model anew.
+- `NAME(num_classes, options)` builds it, also on the server; `options` are those of settings.py.
+- `validation_step` logs `val_acc` and `val_loss`; `test_step` logs `test_acc` and `test_loss`.
+- Everything learned is in `state_dict()`, which is what travels: each round creates a new model.
 
-What a model may use, or not care about: its attribute `round` (from 0) is set, for what changes over the whole run of
-`options.total_rounds`, and before each `fit` torch's random numbers are seeded, for dropout and augmentation.
+For schedules over the whole run, the attribute `round` (from 0) is set, and `options.total_rounds` is known. Random
+numbers, as for dropout and augmentation, are seeded before each `fit`.
 """
 
 import math
@@ -26,7 +26,7 @@ from settings import Options
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4  # of LitResNet
-LOG_EVERY_N_STEPS = 50  # metrics at every step would cost more than many a layer of a small network
+LOG_EVERY_N_STEPS = 50  # metrics at every step cost more than a layer of a small network
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 
@@ -34,11 +34,11 @@ criterion = nn.CrossEntropyLoss()
 
 
 class Net(nn.Module):
-    """Two convolutions and three dense layers, for small colour images.
+    """Two convolutions and three dense layers, for small color images.
 
-    Takes a float tensor (batch, 3, S, S), S of at least 16, and returns the logits (batch, num_classes).
-    Laid out for S = 32, as in PyTorch's tutorial "Training a Classifier" and NVFlare's hello-lightning;
-    any other size is pooled to the grid of 5 x 5 that the dense layers expect.
+    Maps a float tensor (batch, 3, S, S), S >= 16, to logits (batch, num_classes). Designed for S = 32, as in PyTorch's
+    tutorial "Training a Classifier" and NVFlare's hello-lightning; other sizes are pooled to the 5 x 5 grid that the
+    dense layers expect.
     """
 
     def __init__(self, num_classes: int = 10):
@@ -70,7 +70,7 @@ class LitNet(LightningModule):
         self.model = Net(num_classes)
         self.train_acc = Accuracy(task="multiclass", num_classes=num_classes)
         self.valid_acc = Accuracy(task="multiclass", num_classes=num_classes)
-        # What is put here goes to the server with the weights; client.py adds the number of training images.
+        # Sent to the server with the weights; client.py adds the numbers of images.
         self.__fl_meta__: dict[str, Any] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,21 +109,21 @@ class LitNet(LightningModule):
 
 
 class LitResNet(LitNet):
-    """ResNet-18 (He et al. 2016) for small images, with the steps and metrics of `LitNet`; images of any size.
+    """ResNet-18 (He et al. 2016) for images of any size, with the steps and metrics of `LitNet`.
 
-    - A 3 x 3 convolution without pooling comes first, as in that paper's network for CIFAR-10, so that images of
-      32 x 32 are not shrunk before the first block.
-    - GroupNorm (Wu & He 2018, 32 groups) in place of BatchNorm, whose statistics of a batch differ between sites that
-      hold different classes (Hsieh et al. 2020, "The Non-IID Data Quagmire of Decentralized Machine Learning").
-    - SGD with momentum and weight decay. The learning rate falls along a half cosine (Loshchilov & Hutter 2017,
-      without restarts) over all rounds, step by step.
-    - Training images are padded, cropped and flipped, a whole batch at once. A picture that means something else in
-      the mirror, such as a letter, needs `augment` without the flip.
+    - The first layer is a 3 x 3 convolution without pooling, as in the paper's network for CIFAR-10, so that 32 x 32
+      images are not downsampled before the first block.
+    - GroupNorm (Wu & He 2018, 32 groups) replaces BatchNorm, whose batch statistics differ between sites with different
+      classes (Hsieh et al. 2020, "The Non-IID Data Quagmire of Decentralized Machine Learning").
+    - SGD with momentum and weight decay; the learning rate follows a half cosine (Loshchilov & Hutter 2017, without
+      restarts) over all rounds, updated at each step.
+    - Training batches are padded, cropped, and flipped. If mirroring changes the meaning of an image, as with letters,
+      remove the flip from `augment`.
     """
 
     def __init__(self, num_classes: int, options: Options):
         super().__init__(num_classes, options)
-        from torchvision.models import resnet18  # here, since the import takes seconds that LitNet does not need
+        from torchvision.models import resnet18  # here, because the import takes seconds and LitNet does not need it
 
         self.model = resnet18(num_classes=num_classes, norm_layer=lambda channels: nn.GroupNorm(32, channels))
         self.model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
@@ -145,7 +145,7 @@ class LitResNet(LitNet):
         steps = self.trainer.estimated_stepping_batches  # of this round
 
         def share(step: int) -> float:
-            """The learning rate as a share of the first one, after so many steps of this round."""
+            """Factor on the initial learning rate after `step` steps of this round."""
             return 0.5 * (1 + math.cos(math.pi * (self.round + step / steps) / (self.options.total_rounds or 1)))
 
         schedule = optim.lr_scheduler.LambdaLR(optimizer, share)
@@ -153,17 +153,17 @@ class LitResNet(LitNet):
 
 
 def augment(x: torch.Tensor, padding: int = 4) -> torch.Tensor:
-    """Shift each image by up to `padding` pixels, its border mirrored, and flip every other one, at random.
+    """Randomly shift each image by up to `padding` pixels, with reflected borders, and flip half of them.
 
-    Takes and returns a float tensor (B, C, S, S). The random numbers are drawn on the CPU from torch's own generator:
-    one seed gives the same images on every device.
+    Maps a float tensor (B, C, S, S) to one of the same shape. Random numbers come from torch's CPU generator, so a seed
+    gives the same images on every device.
     """
     n_images, _, _, side = x.shape
     padded = F.pad(x, (padding,) * 4, mode="reflect")
     down, right = torch.randint(0, 2 * padding + 1, (2, n_images, 1))
     flipped = torch.rand(n_images, 1) < 0.5
     along = torch.arange(side)
-    rows = (down + along).to(x.device)  # (B, S): which rows of the padded image are kept
+    rows = (down + along).to(x.device)  # (B, S): rows of the padded image to keep
     columns = (right + torch.where(flipped, along.flip(0), along)).to(x.device)
     images = torch.arange(n_images, device=x.device)[:, None, None]
     return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
