@@ -1,17 +1,17 @@
 """One site's images as a LightningDataModule. The only module that reads images.
 
-To train on other data, replace this file by one that has such a `SiteDataModule`; tests/tabular/data.py is an example.
-Apart from Lightning's own hooks, the project relies on:
+To train on other data, replace this file with your own `SiteDataModule`; tests/tabular/data.py is an example. Besides
+Lightning's hooks, the project relies on:
 
-- `SiteDataModule(site, options)`: the data of one site; `site` None: of all sites together. `options` are those of
-  settings.py. `federation.site.partition.split` says which rows are a site's own.
-- `options.classes`: the names of the federation's classes, in the order of the labels. Empty: the module's own list,
-  from which the federation's is made.
-- `round`: set before each round, from 0, so that every round has its own order.
-- `counts`, after `setup()`: "train", "val", "test" -> class -> number of images, zeros included.
+- `SiteDataModule(site, options)`: the data of a site, or of all sites if `site` is None. `options` are those of
+  settings.py. `federation.site.partition.split` tells which rows belong to a site.
+- `options.classes`: the federation's class names in label order. If empty, the module uses its own list, from which the
+  federation's is derived.
+- `round`: set before each round, from 0, so that each round shuffles differently.
+- `counts`, after `setup()`: "train", "val", "test" -> class -> number of images, including zeros.
 - `indices`, after `setup()`: "train", "val" -> sorted rows of the training data, "test" -> rows of the test data.
 
-Data that cannot be used raises `UserError`, one line for the user.
+Unusable data raises `UserError` with a one-line message.
 """
 
 import warnings
@@ -30,23 +30,23 @@ from federation.site.catalog import Split, open_split, prepare
 from federation.site.partition import site_names, split
 from settings import Options
 
-EVALUATION_BATCH = 500  # images; nothing is kept for gradients, so it can be larger than a training batch
-MEAN, STD = 0.5, 0.5  # pixels go from [0, 1] to [-1, 1]
+EVALUATION_BATCH = 500  # images; can be larger than a training batch because no gradients are needed
+MEAN, STD = 0.5, 0.5  # maps pixels from [0, 1] to [-1, 1]
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # float32 (B, 3, S, S), channels last, and int64 (B,)
 
-# Batches are slices of an array: worker processes would only slow that down.
+# Batches are slices of an array; worker processes would only slow this down.
 warnings.filterwarnings("ignore", ".*does not have many workers")
 
 
 class Images(Dataset[Batch]):
-    """Images with labels. A DataLoader gets whole batches from it: image by image would take longer than training.
+    """Images with labels. Returns whole batches to a DataLoader: single images would take longer than training.
 
     Args:
-        images: uint8 (N, 3, S, S), in memory that the sites of a machine share.
-        rows: int64 (M,), which of them.
-        labels: int64 (M,), of the images in `rows`.
-        device: a GPU gets a copy of the images, as uint8, and slices the batches there; None: they stay where they are.
+        images: uint8 (N, 3, S, S), memory shared by all sites on the machine.
+        rows: int64 (M,), the images to use.
+        labels: int64 (M,), their labels.
+        device: a GPU that gets a copy of the images, as uint8, to slice batches there; None means the CPU.
     """
 
     def __init__(self, images: np.ndarray, rows: np.ndarray, labels: np.ndarray, device: torch.device | None = None):
@@ -62,19 +62,19 @@ class Images(Dataset[Batch]):
         else:
             on_device = torch.tensor(places, device=self.device)
             images, labels = self.copy[0][on_device], self.copy[1][on_device]
-        # Channels last: on a CPU, convolutions take less time in evaluation so, and no more in training.
+        # Channels last: on a CPU, this makes evaluation faster and training no slower.
         images = images.to(torch.float32, memory_format=torch.channels_last)
         return images.mul_(1 / (255 * STD)).sub_(MEAN / STD), labels
 
     @cached_property
     def copy(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images and labels on the device; they leave it with this object."""
+        """The images and labels on the device, freed with this object."""
         images, labels = torch.from_numpy(self.images[self.rows]), torch.from_numpy(self.labels)
         return images.to(self.device), labels.to(self.device)
 
 
 class KeyedShuffle(Sampler[int]):
-    """Shuffles 0 to n - 1. The order follows from the key and the number of earlier passes, in any process."""
+    """Shuffles 0 to n - 1 by a key and the number of earlier passes, identically in every process."""
 
     def __init__(self, n: int, key: tuple[int, ...]):
         self.n, self.key, self.passes = n, key, 0
@@ -89,14 +89,14 @@ class KeyedShuffle(Sampler[int]):
 
 
 class SiteDataModule(LightningDataModule):
-    """The images of a site; see the top of this file."""
+    """The images of a site; see the module docstring."""
 
     round = 0
 
     def __init__(self, site: str | None, options: Options):
         super().__init__()
         self.site, self.options = site, options
-        each_its_own = "{site}" in (options.data_root or "")  # a folder for each site, else all share one
+        each_its_own = "{site}" in (options.data_root or "")  # one folder per site, otherwise one for all
         self.sources = site_names(options.n_clients) if site is None and each_its_own else [site]
         self.device = torch.device("cuda") if options.gpu and torch.cuda.is_available() else None
         self.parts: dict[str, Images] = {}
@@ -104,12 +104,12 @@ class SiteDataModule(LightningDataModule):
         self.indices: dict[str, np.ndarray] = {}
 
     def prepare_data(self) -> None:
-        """Fetch and convert what is missing; in a simulation all of it is there already."""
+        """Download and convert what is missing; in a simulation, job.py has already done so."""
         for source in self.sources:
             _open(source, self.options)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the images. The split is the same in every stage and round."""
+        """Open the images. The split is the same in all stages and rounds."""
         if self.parts:
             return
         opened = {source: _open(source, self.options) for source in self.sources}
@@ -145,15 +145,15 @@ class SiteDataModule(LightningDataModule):
 def _loader(images: Images, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader[Batch]:
     return DataLoader(
         images,
-        batch_size=batch_size,  # by its name, or Lightning cannot make the loader again for `predict`
+        batch_size=batch_size,  # by keyword, or Lightning cannot rebuild the loader for `predict`
         sampler=sampler,
         collate_fn=lambda batch: batch,
-        generator=torch.Generator(),  # without one, it draws from torch's own, that of dropout and augmentation
+        generator=torch.Generator(),  # otherwise it draws from torch's, which dropout and augmentation use
     )
 
 
 def _open(site: str | None, options: Options) -> tuple[Split, Split]:
-    """The training and test images of a site, before they are split between the sites."""
+    """A site's source of training and test images, before partitioning."""
     return _opened(options.dataset, (options.data_root or "").replace("{site}", site or ""), options.image_size)
 
 
@@ -164,16 +164,18 @@ def _opened(dataset: str, root: str, image_size: int) -> tuple[Split, Split]:
 
 
 def _labels(images: Split, classes: list[str], site: str | None) -> np.ndarray:
-    """The labels as places in the federation's list of classes: a site's own list may lack some of them."""
+    """Labels as indices into the federation's list of classes, of which a site's own list may lack some."""
     unknown = [name for name in images.classes if name not in classes]
     if unknown:
         known = ", ".join(classes)
-        raise UserError(f"{site or 'the data'} has a class {unknown[0]!r} that the federation does not know: {known}")
+        raise UserError(
+            f"{site or 'the data'} has a class {unknown[0]!r}, which is not one of the federation's: {known}"
+        )
     return np.array([classes.index(name) for name in images.classes])[images.labels]
 
 
 def _join(pieces: list[Images]) -> Images:
-    """Images that lie in different folders, as if they lay in one."""
+    """Images of several folders as one data set."""
     if len(pieces) == 1:
         return pieces[0]
     images = np.concatenate([piece.images[piece.rows] for piece in pieces])

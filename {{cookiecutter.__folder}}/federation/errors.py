@@ -1,6 +1,6 @@
-"""The two kinds of error, and how every program turns them into a line on the screen and an exit code.
+"""The two kinds of error, and how every program turns them into a message and an exit code.
 
-Needs nothing but the standard library.
+Imports only the standard library.
 """
 
 import signal
@@ -9,17 +9,17 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something that the user can put right, in one line: what is wrong, what was expected, what to type. Code 2."""
+    """A mistake that the user can fix, in one line: what is wrong, what was expected, what to type. Exit code 2."""
 
 
 class RunError(Exception):
-    """A federation did not end well: which site, which exception, which line, the root cause first. Exit code 1."""
+    """A failed run: which site, which exception, which line; the root cause comes first. Exit code 1."""
 
 
 def exit_code(program: str, main: Callable[[], int | None]) -> int:
     """Run a program's `main` and return the exit code; None from `main` means 0.
 
-    SIGTERM and SIGHUP end it as Ctrl-C does, and it cleans up: so does `kill`, a closed terminal, a background job.
+    SIGTERM and SIGHUP act like Ctrl-C, so the program also cleans up after `kill` or a closed terminal.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup

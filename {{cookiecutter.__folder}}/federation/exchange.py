@@ -97,7 +97,7 @@ class SiteCheck:
 
 
 def specs_of(weights: dict[str, Any]) -> TensorSpecs:
-    """Names, shapes and dtypes of a state dict of arrays or tensors."""
+    """Shapes and dtypes of a state dict of arrays or tensors."""
     return {name: (tuple(value.shape), dtype_of(value)) for name, value in weights.items()}
 
 
@@ -106,8 +106,8 @@ def tensor_fault(tensors: Any, specs: TensorSpecs, complete: bool = True) -> str
 
     Args:
         tensors: name -> array or tensor, on the CPU.
-        specs: those of the global model.
-        complete: whether each of them has to be there.
+        specs: of the global model.
+        complete: whether all tensors of the model are required.
     """
     if not isinstance(tensors, dict):
         return "its weights are missing"
@@ -129,7 +129,7 @@ def tensor_fault(tensors: Any, specs: TensorSpecs, complete: bool = True) -> str
 
 
 def metric_fault(metrics: Any) -> str | None:
-    """Check that metrics are numbers, and that those which the project itself uses are plausible."""
+    """Check that metrics are numbers, and that those the project itself uses are plausible."""
     if metrics is None:
         return None
     if not isinstance(metrics, dict):
@@ -150,10 +150,10 @@ def count_fault(name: str, count: Any, lowest: int, announced: int | None) -> st
     """Check a number of images.
 
     Args:
-        name: whose number it is.
-        count: what the site says.
-        lowest: what it is at least.
-        announced: what it was at the start, where that is known: it can be less now, and never more.
+        name: what is counted, for the message.
+        count: the site's number.
+        lowest: the smallest plausible number.
+        announced: the number at the start, if known; it may decrease, but not increase.
     """
     if isinstance(count, bool) or not isinstance(count, int):
         return f"{name} is {type(count).__name__}, not a whole number"
@@ -165,10 +165,10 @@ def count_fault(name: str, count: Any, lowest: int, announced: int | None) -> st
 
 
 def describe(message: Shareable) -> dict[str, Any]:
-    """List what is in a message, without a value; server/audit.py says how.
+    """List the content of a message without values, for the audit log.
 
     Returns:
-        `round`, `tensors`, `metrics`, `meta`, `headers`.
+        `round`, `tensors`, `metrics`, `meta`, `headers`, as in server/audit.py.
     """
     content = message.get(CONTENT) or {}
     measures = (
@@ -192,13 +192,13 @@ def describe(message: Shareable) -> dict[str, Any]:
 
 
 def mean_metrics(sites: Sequence[tuple[dict[str, Any] | None, int]]) -> dict[str, float]:
-    """The mean of the sites' metrics of one model, as if their images were one set.
+    """The means of the sites' metrics of one model, weighted by images.
 
     Args:
-        sites: for each site its metrics, and the number of images that it measured them on.
+        sites: for each site, its metrics and the number of images behind them.
 
     Returns:
-        Those metrics that all sites with images have; empty if no site has any.
+        The means of those metrics that all sites with images have; empty if there are none.
     """
     measured = [(metrics or {}, images) for metrics, images in sites if images]
     total = sum(images for _, images in measured)
@@ -207,7 +207,7 @@ def mean_metrics(sites: Sequence[tuple[dict[str, Any] | None, int]]) -> dict[str
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All that is in nested dicts and lists, each with the keys and places that lead to it."""
+    """All values in nested dicts and lists, each with its path of keys and indices."""
     if not isinstance(value, dict | list | tuple):
         yield path, value
         return
@@ -216,7 +216,7 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 
 def _type(value: Any) -> str:
-    """`int`, `float`, ...; text and bytes with their length."""
+    """Name of a value's type; for text and bytes, also the length."""
     kind = type(value).__name__
     return f"{kind}, length {len(value)}" if isinstance(value, str | bytes | bytearray) else kind
 

@@ -1,7 +1,7 @@
-"""What one process writes and another reads: the names, and how such a file is written.
+"""Names that one process writes and another reads, and functions that write and read such files.
 
-Files are written whole: whoever reads one finds the old content or the new, never a part, and the old where writing
-has failed (OSError). JSON is strict: a number that is not finite becomes null.
+Files are replaced atomically: a reader finds the old content or the new one, and the old one if writing failed
+(OSError). JSON is strict: non-finite numbers become null.
 """
 
 import json
@@ -10,29 +10,29 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Files that a job brings along, next to its code.
-OPTIONS = "options.json"  # settings.Options, as far as they concern the job
-INITIAL = "initial.pt"  # the weights that the federation begins with
+# Files that travel with a job, next to its code.
+OPTIONS = "options.json"  # settings.Options that concern the job
+INITIAL = "initial.pt"  # initial weights of the global model
 
 # Files that the server writes into its run folder.
-ROUNDS = "rounds.jsonl"  # a line per finished round: server/evaluation.py
+ROUNDS = "rounds.jsonl"  # one line per finished round: server/evaluation.py
 EVALUATION = "evaluation.json"  # of the final and of the best model: server/evaluation.py
-REJECTED = "rejected.jsonl"  # answers that were left out: server/answers.py
-FAILURE = "failure.json"  # why the server ended the run: its `reason`
+REJECTED = "rejected.jsonl"  # rejected answers: server/answers.py
+FAILURE = "failure.json"  # the `reason` for which the server ended the run
 COHORTS = "cohorts.jsonl"  # which sites took part, if not all: server/cohort.py
-AUDIT_LOG = "audit.jsonl"  # what came from each site: server/audit.py
+AUDIT_LOG = "audit.jsonl"  # what left the sites: server/audit.py
 FINAL, BEST = "final.pt", "best.pt"  # state dicts of the global model
 
-# The file in which a site (site/progress.py) and the server (phases starting and done) announce what they are doing.
+# The file in which sites and hosts (site/progress.py) and the server (starting, done) announce what they are doing.
 PROGRESS = "progress.jsonl"
 STARTING, VALIDATING, TRAINING, TESTING = "starting", "validating", "training", "testing"
 PREDICTING, EVALUATING, WAITING, DONE = "predicting", "evaluating", "waiting", "done"
 PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITING)  # of a site
 
 # Keys of a site's answers.
-METRIC = "val_acc"  # by which models are compared
+METRIC = "val_acc"  # models are compared by this
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
-HOLDS = "holds "  # and the name of a class: how many training and validation images of it the site has
+HOLDS = "holds "  # prefix of a class name: number of the site's training and validation images
 
 # In the meta of an answer for several sites: site -> `metrics` of the model that it received, its numbers of `train`
 # and `val` images. FinalEvaluation takes it out of the mean, because whatever is in there is sent to all sites.
@@ -40,7 +40,7 @@ SITES = "fl_sites"
 DESCRIBED, LEFT_OUT = "fl_described", "fl_left_out"  # such an answer's records for the audit log and for REJECTED
 COHORT = "fl_cohort"  # header of a task: the sites that take part in it; missing: all
 
-# What the heartbeat monitor writes into the server's log: a site, and the seconds that it may take.
+# Messages of the heartbeat monitor in the server's log, with a site and --site_timeout in seconds.
 LATE, BACK = "{} has not answered within --site_timeout {:.0f} s", "{} has taken another task"
 
 
@@ -51,13 +51,13 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Append a value as one line of JSON."""
+    """Append a value as a line of JSON."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
 class JsonLines:
-    """A file of JSON lines, which may come into being later: each `read` returns the values of new, complete lines."""
+    """A file of JSON lines, which may not exist yet: each `read` returns the values of new, complete lines."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.position = path, 0
@@ -74,7 +74,7 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of all lines that are complete; none if there is no file."""
+    """The values of all complete lines; empty if there is no file."""
     return JsonLines(path).read()
 
 
@@ -86,7 +86,7 @@ def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same value with None in place of each float that is NaN or infinite, which JSON does not know."""
+    """Replace NaN and infinite floats, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -25,7 +25,15 @@ from federation.site.fetch import fetch, new_deadline
 from settings import DATASETS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "GIF")  # Pillow's names; detected from the content, not the suffix
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+    "GIF",
+)  # Pillow's names; detected from the content, not the suffix
 EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 RULE = 2  # version of `_read_image`; increase it if the returned pixels change, so that older stores are not used
@@ -49,7 +57,9 @@ class Source:
 
     files: tuple[tuple[str, str], ...]
     mirrors: tuple[str, ...]
-    read: Callable[[Path, Path], tuple[Images, Images]]  # (folder of the files, scratch folder) -> training, test images
+    read: Callable[
+        [Path, Path], tuple[Images, Images]
+    ]  # (folder of the files, scratch folder) -> training, test images
     classes: tuple[str, ...]
 
 
@@ -219,9 +229,7 @@ def check_classes(names: dict[str, list[str]]) -> None:
             # Control characters, surrogates (bytes that are not UTF-8), line and paragraph separators would end a line
             # of classes.txt, or could not be written.
             if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-                raise UserError(
-                    f"{place} has a class {name!r}: rename it, to UTF-8 text without control characters"
-                )
+                raise UserError(f"{place} has a class {name!r}: rename it, to UTF-8 text without control characters")
             alike = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
             other, elsewhere = seen.setdefault(alike, (name, place))
             if other != name:

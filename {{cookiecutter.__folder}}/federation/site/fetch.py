@@ -1,4 +1,4 @@
-"""Fetch one file from the first mirror that has it, whole and in time. What arrives is verified before it is used."""
+"""Download a file from the first mirror that delivers it completely and in time, and verify its checksum."""
 
 import io
 import os
@@ -15,14 +15,14 @@ from federation.errors import UserError
 
 MIRROR_VARIABLE = "FL_DATA_MIRROR"
 ADDRESS = r"(?i)https?://([^][/]*@)?([^][/:@]+|\[[0-9a-f:.]+\])(:[1-9]\d*)?(/.*)?"  # scheme, password, host, port, path
-LIMIT_VARIABLE = "FL_DATA_TIMEOUT"  # seconds that fetching a data set may take
+LIMIT_VARIABLE = "FL_DATA_TIMEOUT"  # seconds that downloading a data set may take
 LIMIT_S = 600.0
 CONNECT_S, READ_S = 5.0, 15.0
-JUDGE_AFTER_S = 10.0  # a mirror's speed is known by then
-REASONS = (  # what an error of pooch or requests has in its text, and what to tell
+JUDGE_AFTER_S = 10.0  # seconds; after that, a mirror's speed is known
+REASONS = (  # text in an error of pooch or requests -> message
     ("ConnectTimeout", f"no answer within {CONNECT_S:.0f} s"),
-    ("Read timed out", f"nothing came for {READ_S:.0f} s"),
-    ("ChunkedEncodingError", "the connection broke off"),
+    ("Read timed out", f"no data for {READ_S:.0f} s"),
+    ("ChunkedEncodingError", "the connection was interrupted"),
     ("ValueError: MD5 hash", "wrong checksum"),
     ("resol", "its name cannot be resolved"),
     ("refused", "connection refused"),
@@ -33,29 +33,29 @@ REASONS = (  # what an error of pooch or requests has in its text, and what to t
 
 
 def new_deadline() -> float:
-    """When fetching has to be done, by `time.monotonic()`."""
+    """When a download must be finished, in seconds of `time.monotonic()`."""
     limit = os.environ.get(LIMIT_VARIABLE) or LIMIT_S
     try:
         return time.monotonic() + float(limit)
     except ValueError:
-        raise UserError(f"{LIMIT_VARIABLE} is a number of seconds, not {limit!r}") from None
+        raise UserError(f"{LIMIT_VARIABLE} is {limit!r}: expected a number of seconds") from None
 
 
 def fetch(
     dataset: str, name: str, md5: str, mirrors: tuple[str, ...], folder: Path, root: Path | None, deadline: float
 ) -> None:
-    """Make sure that a file lies in `folder` with the right checksum: use it, or try mirror after mirror.
+    """Make sure that `folder` has a file with the right checksum; otherwise download it, trying one mirror at a time.
 
     Args:
-        dataset: whose file it is.
+        dataset: the data set that the file belongs to.
         name, md5: of the file.
-        mirrors: addresses of folders that have it, in the order of trial; a private one goes first.
-        folder: where it is to lie.
-        root: the data root that the user gave, if any: for the command that tries again.
-        deadline: by `time.monotonic()`, in seconds.
+        mirrors: addresses of folders with the file, in the order to try; the user's own mirror comes first.
+        folder: where to put the file.
+        root: the data root that the user gave, if any, for the command in the error message.
+        deadline: in seconds of `time.monotonic()`.
 
     Raises:
-        UserError: no mirror has it, in time and whole, or it cannot be written.
+        UserError: no mirror delivered the file completely and in time, or it cannot be written.
     """
     import pooch
     import requests
@@ -71,42 +71,42 @@ def fetch(
         ) from None
 
     failures = [f"{path}: wrong checksum"] if path.exists() else []
-    pooch.get_logger().setLevel("WARNING")  # it would repeat what is printed here, with the address's password
+    pooch.get_logger().setLevel("WARNING")  # it would print the address with its password
     for mirror in (*_private_mirror(), *mirrors):
-        host = urlsplit(mirror).netloc.rpartition("@")[2]  # a password is not for the screen
+        host = urlsplit(mirror).netloc.rpartition("@")[2]  # without a password
         if time.monotonic() > deadline:
-            failures.append(f"{host}: not tried, the time is up")
+            failures.append(f"{host}: not tried, out of time")
             continue
         print(f"Fetching {name} from {host} ...", file=sys.stderr, flush=True)
         downloader = pooch.HTTPDownloader(progressbar=_Progress(name, deadline), timeout=(CONNECT_S, READ_S))
         try:
             pooch.retrieve(mirror + name, f"md5:{md5}", fname=name, path=folder, downloader=downloader)
             return
-        except TimeoutError as error:  # of _Progress
+        except TimeoutError as error:  # from _Progress
             failures.append(f"{host}: {error}")
-        except (requests.RequestException, ValueError) as error:  # a ValueError is pooch's for a wrong checksum
+        except (requests.RequestException, ValueError) as error:  # ValueError: a wrong checksum
             failures.append(f"{host}: {_reason(error)}")
-        except OSError as error:  # pooch's own PermissionError has only a text
+        except OSError as error:  # pooch's own PermissionError has only a message
             raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --data_root") from None
         print(f"  {failures[-1]}", file=sys.stderr, flush=True)
     again = f"./prepare_data.sh --dataset {dataset}" + (f" --data_root {shlex.quote(str(root))}" if root else "")
     raise UserError(
-        f"{dataset} is not there and cannot be fetched ({'; '.join(failures)}): try again with {again}, "
-        f"or set {MIRROR_VARIABLE} to a mirror that you can reach, or put {name} (MD5 {md5}) into {folder} by hand, "
-        "or take --dataset digits, which needs no network"
+        f"{dataset} is missing and cannot be downloaded ({'; '.join(failures)}): try again with {again}, "
+        f"or set {MIRROR_VARIABLE} to a mirror that you can reach, or copy {name} (MD5 {md5}) to {folder}, "
+        "or use --dataset digits, which needs no network"
     )
 
 
 def _private_mirror() -> list[str]:
-    """The user's own mirror, if there is one. An unusable address is not repeated: it may hold a password."""
+    """The user's own mirror, if any. An invalid address is not printed, because it may contain a password."""
     address = os.environ.get(MIRROR_VARIABLE, "")
     if address and not re.fullmatch(ADDRESS, address):
-        raise UserError(f"{MIRROR_VARIABLE} must be an address like https://mirror.example/files: http or https")
+        raise UserError(f"{MIRROR_VARIABLE} must be an http or https address, such as https://mirror.example/files")
     return [address.rstrip("/") + "/"] if address else []
 
 
 def _reason(error: Exception) -> str:
-    """Why a download failed, in few words."""
+    """Why a download failed, in a few words."""
     response = getattr(error, "response", None)
     if response is not None:
         return f"answers {response.status_code} {response.reason}"
@@ -115,19 +115,21 @@ def _reason(error: Exception) -> str:
 
 
 class _Progress(tqdm):
-    """Progress of one download, for pooch: a bar on a terminal, else a line every ten seconds.
+    """Progress of a download, for pooch: a bar on a terminal, otherwise one line every ten seconds.
 
-    Gives up a mirror that would not be done by the deadline.
+    Gives up on a mirror that is too slow for the deadline.
     """
 
     def __init__(self, name: str, deadline: float):
         self.name, self.deadline, self.next_line = name, deadline, 10.0
         self.has_terminal = sys.stderr.isatty()
         file = sys.stderr if self.has_terminal else io.StringIO()
-        super().__init__(unit="B", unit_scale=True, file=file, delay=0.1)  # nothing where the mirror does not answer
+        super().__init__(
+            unit="B", unit_scale=True, file=file, delay=0.1
+        )  # the delay: no bar if the mirror does not answer
 
     def __bool__(self) -> bool:
-        return True  # pooch asks before it knows the total
+        return True  # pooch asks before the total is known
 
     def update(self, n: float | None = 1) -> None:
         super().update(n)

@@ -1,7 +1,7 @@
-"""Split images between simulated sites: labels, a scheme and a seed become lists of indices.
+"""Partition images across simulated sites: from labels, a scheme and a seed to lists of indices.
 
-Pure: no files, no clock, no global state. The same arguments give the same lists on every machine, because
-`numpy.random.RandomState` promises that its streams never change.
+Pure functions: the same arguments give the same lists on every machine, because the streams of
+`numpy.random.RandomState` never change.
 """
 
 from functools import lru_cache
@@ -12,13 +12,13 @@ from federation.errors import UserError
 from settings import PARTITIONS, Options
 
 VALIDATION_SHARE = 0.2  # of each site's training images; fixed for the whole run
-MIN_DIRICHLET = 10  # images that each site must get, as in NVFlare's and NIID-Bench's splitters
-MIN_SITE = 2  # one image to train on and one to validate
+MIN_DIRICHLET = 10  # images per site, as in NVFlare's and NIID-Bench's splitters
+MIN_SITE = 2  # images per site: one to train on and one to validate
 MAX_DRAWS = 1000
 
 
 def site_names(n_sites: int) -> list[str]:
-    """The names that NVFlare gives to simulated sites: site-1, site-2, ..."""
+    """NVFlare's names of simulated sites: site-1, site-2, ..."""
     return [f"site-{i}" for i in range(1, n_sites + 1)]
 
 
@@ -37,24 +37,24 @@ def hosts(options: Options) -> dict[str, list[str]]:
 def split(
     train_labels: np.ndarray, test_labels: np.ndarray, site: str | None, options: Options
 ) -> dict[str, np.ndarray]:
-    """A site's rows, as `--partition` says. The function to call in a data.py for other data.
+    """A site's rows according to `--partition`. Call this in your own data.py.
 
     Args:
-        train_labels: int (N,), the class of each row of the training data, from 0.
+        train_labels: int (N,), class of each row of the training data, from 0.
         test_labels: int (M,), the same for the test data.
-        site: its name; None: all sites' rows together.
+        site: its name; None means the rows of all sites.
         options: `partition`, `alpha`, `shards_per_site`, `n_clients` and `seed` are used.
 
     Returns:
-        Sorted indices, int64: `train` and `val` of the training data, disjoint, and `test` of the test data. They
-        depend on nothing but the arguments. No two sites share a row, unless the partition is `none`.
+        Sorted indices, int64: `train` and `val`, disjoint rows of the training data, and `test`, rows of the test data.
+        Sites do not share rows, unless the partition is `none`.
 
     Raises:
-        UserError: the training data cannot be split like this, or no simulated site has this name.
+        UserError: this partition is impossible, or no simulated site has this name.
     """
     everything, names = options.partition == "none", site_names(options.n_clients)
     if not everything and site is not None and site not in names:
-        raise UserError(f"{site} is none of {names[0]} to {names[-1]}: real sites need --partition none")
+        raise UserError(f"{site} is not one of {names[0]} to {names[-1]}: real sites need --partition none")
     train, test = (np.asarray(labels, dtype=np.int64).tobytes() for labels in (train_labels, test_labels))
     n_sites = 1 if everything else options.n_clients
     try:
@@ -65,7 +65,7 @@ def split(
     return {part: np.sort(np.concatenate([rows[part] for rows in own])) for part in ("train", "val", "test")}
 
 
-@lru_cache(maxsize=8)  # computed once for all sites, not again for each of 1,000
+@lru_cache(maxsize=8)  # computed once for all sites
 def _split(
     train: bytes, test: bytes, n_sites: int, scheme: str, seed: int, alpha: float, shards_per_site: int
 ) -> list[dict[str, np.ndarray]]:
@@ -83,26 +83,26 @@ def _split(
 def partition(
     labels: np.ndarray, n_sites: int, scheme: str, seed: int, alpha: float = 0.5, shards_per_site: int = 2
 ) -> list[np.ndarray]:
-    """Split all images between the sites.
+    """Partition images across the sites.
 
     Args:
-        labels: int64 (N,), the class of each image.
+        labels: int64 (N,), class of each image.
         n_sites: number of sites.
         scheme: one of settings.PARTITIONS.
-            `iid`: shuffled and cut into parts of equal size (they differ by one image at most).
-            `dirichlet`: each class is spread over the sites in proportions drawn from Dir(alpha), see `_dirichlet`.
-            `shards`: sorted by class, cut into `n_sites * shards_per_site` shards, each site gets
-            `shards_per_site` of them at random (McMahan et al. 2017, section 3).
-            `none`: no split: every site holds all images.
+            `iid`: shuffled and cut into parts whose sizes differ by at most one image.
+            `dirichlet`: each class is spread over the sites in proportions drawn from Dir(alpha); see `_dirichlet`.
+            `shards`: sorted by class and cut into `n_sites * shards_per_site` shards; each site gets `shards_per_site`
+            random ones (McMahan et al. 2017, section 3).
+            `none`: every site has all images.
         seed: from 0 to 2**32 - 1.
         alpha: concentration of the Dirichlet distribution, > 0; the smaller, the more uneven.
         shards_per_site: for `shards`.
 
     Returns:
-        For each site its sorted indices, int64. They are disjoint and complete, but for `none`.
+        Sorted indices, int64, for each site; disjoint and complete, except with `none`.
 
     Raises:
-        UserError: an unknown scheme, or one that leaves a site with too few images.
+        UserError: the scheme is unknown or leaves a site with too few images.
     """
     n_images = len(labels)
     if scheme == "none":
@@ -110,7 +110,7 @@ def partition(
     if n_images < MIN_SITE * n_sites:
         raise UserError(
             f"{n_images} training images are too few for {n_sites} sites: "
-            f"each needs {MIN_SITE}; take {n_images // MIN_SITE} sites or fewer"
+            f"each needs {MIN_SITE}; use --n_clients {n_images // MIN_SITE} or less"
         )
     random = np.random.RandomState(seed)
     if scheme == "iid":
@@ -125,13 +125,12 @@ def partition(
 
 
 def _dirichlet(labels: np.ndarray, n_sites: int, alpha: float, random: np.random.RandomState) -> list[np.ndarray]:
-    """Spread each class over the sites by p ~ Dir(alpha), and draw again until each site has MIN_DIRICHLET images.
+    """Spread each class over the sites by p ~ Dir(alpha); redraw until each site has MIN_DIRICHLET images.
 
-    As in NIID-Bench (Li et al. 2022, "Federated Learning on Non-IID Data Silos", distribution-based label
-    imbalance) and NVFlare's CIFAR-10 splitter, after Wang et al. 2020 ("Federated Learning with Matched
-    Averaging"): a site that has its equal share already gets no more of the classes that follow. Hsu et al. 2019
-    ("Measuring the Effects of Non-Identical Data Distribution") draw the other way round: a mixture of classes
-    for each site, all sites being of equal size.
+    As in NIID-Bench (Li et al. 2022, "Federated Learning on Non-IID Data Silos", distribution-based label imbalance)
+    and NVFlare's CIFAR-10 splitter, after Wang et al. 2020 ("Federated Learning with Matched Averaging"): a site that
+    already has its equal share gets nothing of the remaining classes. Hsu et al. 2019 ("Measuring the Effects of
+    Non-Identical Data Distribution") instead draw a mixture of classes for each of equally large sites.
     """
     n_images = len(labels)
     for _ in range(MAX_DRAWS if n_images >= MIN_DIRICHLET * n_sites else 0):
@@ -140,7 +139,7 @@ def _dirichlet(labels: np.ndarray, n_sites: int, alpha: float, random: np.random
         for label in np.unique(labels):
             members = random.permutation(np.flatnonzero(labels == label))
             share = random.dirichlet(np.full(n_sites, alpha)) * (sizes < n_images / n_sites)
-            if not share.sum() > 0:  # a tiny alpha can give all of a class to a site that is full
+            if not share.sum() > 0:  # a tiny alpha can give a whole class to a full site
                 break
             cuts = (np.cumsum(share / share.sum()) * len(members)).astype(int)[:-1]
             for site, own in enumerate(np.split(members, cuts)):
@@ -151,7 +150,7 @@ def _dirichlet(labels: np.ndarray, n_sites: int, alpha: float, random: np.random
                 return [np.concatenate(part) for part in parts]
     raise UserError(
         f"no Dirichlet draw with alpha {alpha} gives each of {n_sites} sites {MIN_DIRICHLET} of the {n_images} "
-        "training images: take a larger --alpha or fewer sites"
+        "training images: use a larger --alpha or fewer sites"
     )
 
 
@@ -160,7 +159,7 @@ def _shards(labels: np.ndarray, n_sites: int, shards_per_site: int, random: np.r
     if len(labels) < n_shards * MIN_SITE:
         raise UserError(
             f"{len(labels)} training images are too few for {n_shards} shards: "
-            "take a smaller --shards_per_site or fewer sites"
+            "use a smaller --shards_per_site or fewer sites"
         )
     by_class = random.permutation(len(labels))
     by_class = by_class[np.argsort(labels[by_class], kind="stable")]
@@ -170,16 +169,16 @@ def _shards(labels: np.ndarray, n_sites: int, shards_per_site: int, random: np.r
 
 
 def partition_like(labels: np.ndarray, counts: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Split the test images so that each site is tested on the mixture of classes that it trains on.
+    """Partition the test images so that each site is tested on the class mixture that it trains on.
 
     Args:
-        labels: int64 (N,), the class of each test image.
-        counts: int (sites, classes), how many training images of each class a site holds. A class that no site
-            holds is split into equal parts.
+        labels: int64 (N,), class of each test image.
+        counts: int (sites, classes), training images of each class at each site. A class that no site has is split
+            evenly.
         seed: from 0 to 2**32 - 1.
 
     Returns:
-        For each site its sorted indices, int64; disjoint and complete. A site's list can be empty.
+        Sorted indices, int64, for each site; disjoint and complete. A site's list may be empty.
     """
     random = np.random.RandomState(seed)
     parts: list[list[np.ndarray]] = [[] for _ in counts]
@@ -194,15 +193,15 @@ def partition_like(labels: np.ndarray, counts: np.ndarray, seed: int) -> list[np
 
 
 def split_off(indices: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split off a share of a site's images, at least one and never all.
+    """Split off a random share of a site's images: at least one, never all.
 
     Args:
-        indices: int64 (N,), N of at least 2.
+        indices: int64 (N,), N >= 2.
         share: between 0 and 1.
         seed: from 0 to 2**32 - 1.
 
     Returns:
-        (the rest, the share): sorted indices, disjoint and complete.
+        (rest, share): sorted indices, disjoint and complete.
 
     Raises:
         ValueError: fewer than two images.

@@ -1,4 +1,4 @@
-"""What a site announces while it works: what it is doing, how fast it trains, and its metrics for a tracker."""
+"""Announce what a site is doing, how fast it trains, and its metrics for a tracker."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ FIRST_SPEED_S, SPEED_EVERY_S = 1.0, 2.0  # seconds of training
 
 
 def announce(file: Path | None, phase: str) -> None:
-    """Append what the site does from now on, one of protocol.py's phases, to its progress file; None: to nowhere."""
+    """Append the phase that a site enters (see protocol.py) to its progress file, if it has one."""
     if file:
         append_json(file, {"time": time.time(), "phase": phase})
 
@@ -22,28 +22,29 @@ class Progress(Callback):
     """A Lightning callback that announces phases and speed, and sends metrics to the server's tracker.
 
     The progress file has one JSON object per line: `time` (seconds since 1970) and either `phase`, or `step`, `steps`
-    (training steps of this round, done and in all) and `speed` (steps per second).
+    (training steps of this round: completed, in total) and `speed` (steps per second), or for a host (site/host.py)
+    `site`, `number` and `sites`: which of how many sites of its task it turns to.
 
-    What the model logs becomes, in the tracker:
+    The tracker gets what the model logs as:
 
-    - `train/...`, at every 50th training step (the trainer's `log_every_n_steps`): the model in training;
-    - `val/...`, by round: the global model that the site received, on the site's validation images;
-    - `test/...`, by round: the model that the site made of it, on the site's test images.
+    - `train/...` every 50 training steps (the trainer's `log_every_n_steps`): the model in training;
+    - `val/...` per round: the received global model on the site's validation images;
+    - `test/...` per round: the site's new model on its test images.
 
     Args:
         tracker: job.py's `--tracking`. With `none`, no metrics are sent.
-        file: the site's progress file; None: nothing is announced.
-        evaluating: whether the task is an evaluation; then everything is one phase, and no metrics are sent.
+        file: the site's progress file; None means that nothing is announced.
+        evaluating: whether the task is an evaluation: a single phase, without metrics for the tracker.
     """
 
     def __init__(self, tracker: str, file: Path | None, evaluating: bool = False) -> None:
         self.tracker, self.file, self.evaluating = tracker, file, evaluating
         self.writer: Any = None if tracker == "none" or evaluating else SummaryWriter()
-        self.steps = 0  # of training in a round
+        self.steps = 0  # training steps in a round
 
     # A trainer is `Any`: Lightning declares neither its datamodule nor its log_every_n_steps.
     def on_validation_start(self, trainer: Any, module: LightningModule) -> None:
-        if trainer.state.fn == "validate":  # and not in the middle of `fit`
+        if trainer.state.fn == "validate":  # not during `fit`
             self._announce(VALIDATING)
 
     def on_train_start(self, trainer: Any, module: LightningModule) -> None:
@@ -65,7 +66,7 @@ class Progress(Callback):
         if time.monotonic() >= self.next_speed:
             self._announce_speed()
         if self.writer and batch_idx % trainer.log_every_n_steps == 0:
-            # Counted from the round: nothing is left of the rounds before.
+            # Computed from the round, because each round starts fresh.
             self._send(trainer, "train", trainer.datamodule.round * self.steps + self.step)
 
     def on_train_end(self, trainer: Any, module: LightningModule) -> None:
@@ -93,7 +94,9 @@ class Progress(Callback):
         metrics = {
             f"{stage}/{name.removeprefix(f'{stage}_')}": float(v) for name, v in trainer.callback_metrics.items()
         }
-        if self.tracker == "wandb" and stage != "train":  # it drops what steps back, so all is counted in one way
+        if (
+            self.tracker == "wandb" and stage != "train"
+        ):  # it drops decreasing steps, so count everything in training steps
             metrics["round"], step = step, step * self.steps
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, global_step=step)

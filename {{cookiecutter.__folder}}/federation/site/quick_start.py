@@ -1,9 +1,8 @@
-"""Import torchmetrics, and with it Lightning, in two thirds of the time. Imported before Lightning, for its effect.
+"""Import torchmetrics, and with it Lightning, in two thirds of the time. Must be imported before Lightning.
 
-torchmetrics imports torchvision and scipy.signal wherever they are installed, for metrics on images and sound that
-this project does not use: 2 s of 7, in every process. Here it is told that they are not installed. A model that uses
-such metrics (LPIPS, mean average precision, ...) needs them: then remove the import of this module from client.py
-and job.py.
+If torchvision and scipy are installed, torchmetrics imports them for image and audio metrics that this project does not
+use, which takes 2 s of 7 in every process. This module makes it believe that they are not installed. If your model uses
+such metrics (LPIPS, mean average precision, ...), remove all imports of this module.
 """
 
 from collections.abc import Callable
