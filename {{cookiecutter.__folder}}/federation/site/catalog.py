@@ -244,7 +244,7 @@ def _store_name(dataset: str, root: Path | None, image_size: int) -> tuple[str, 
     if dataset == "image_folder":
         if root is None:
             raise UserError(
-                "image_folder needs a folder with train/<class>/<image>: name it with --data_root DIR or FL_DATA_ROOT"
+                "image_folder needs a folder with train/<class>/<image>: set --data_root DIR or FL_DATA_ROOT"
             )
         place = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size}\n")).hexdigest()[:16]
         return f"image_folder-{place}", f"-{_fingerprint(root)}"
@@ -355,9 +355,9 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     - Transparent pixels are blended with white, as most viewers do.
     - The image is stretched to S x S, bilinearly.
 
-    Nothing is guessed. More than 8 bits per channel, floating-point and signed values are rejected: 12 bits stored in 16
-    would be almost black, and a scale estimated from the images would differ between sites. Files with several images
-    (except a camera's JPEG, whose first image is the photograph) and LAB colors are rejected, too.
+    Nothing is guessed. More than 8 bits per channel, floating-point and signed values are rejected: 12 bits stored in
+    16 would be almost black, and a scale estimated from the images would differ between sites. So are files with
+    several images (except a camera's JPEG, whose first image is the photograph) and LAB colors.
 
     Raises:
         UserError: the image is rejected or cannot be read.
