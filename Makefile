@@ -8,7 +8,7 @@ TESTS_MAY := --allow-untyped-defs --allow-incomplete-defs --allow-any-generics
 help:  ## list the targets
 	@sed -n 's|^\([a-z-]*\):.*## \(.*\)|  make \1\t\2|p' Makefile | expand -t 20
 
-demo: .venv/ready  ## render a project on the digits data set and run it: 2 sites, 5 rounds, no network
+demo: .venv/ready  ## render a project with the digits data set, and run it
 	$(BIN)/cookiecutter . --no-input --overwrite-if-exists --output-dir build project_name="Federated digits" \
 		project_slug=fl-digits dataset=digits rounds=5 setup=skip
 	cd $(DEMO) && ../../$(BIN)/python job.py --local_epochs 2
@@ -16,26 +16,26 @@ demo: .venv/ready  ## render a project on the digits data set and run it: 2 site
 test-fast: .venv/ready  ## fast tests of rendering, questions and hooks
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/project
 
-test: .venv/ready  ## all fast tests, including those of a rendered project, and one federation
+test: .venv/ready  ## also those of a rendered project, and one federation
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: .venv/ready  ## all tests: also failures, more federations, real environments
+test-all: .venv/ready  ## also failures, more federations, real environments
 	$(BIN)/python -m pytest
 
-snapshots: .venv/ready  ## update tests/snapshots/ after a change to what is rendered; then review `git diff`
+snapshots: .venv/ready  ## update tests/snapshots/; then review `git diff`
 	SNAPSHOTS=write $(BIN)/python -m pytest -q tests/test_snapshots.py
 
 lint: .venv/ready  ## ruff on the template and the project
 	$(BIN)/ruff check --no-cache --config pyproject.toml . && $(BIN)/ruff format --no-cache --check --config pyproject.toml .
 
-types: .venv/ready  ## mypy on the template and a rendered project, less strict on tests
+types: .venv/ready  ## mypy on the template and a rendered project
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy $(TESTS_MAY) --exclude /project/ tests
 	$(BIN)/cookiecutter . --no-input --overwrite-if-exists --output-dir build project_slug=fl-types setup=skip
 	cd build/fl-types && ../../$(BIN)/python -m mypy
 	cd build/fl-types && MYPYPATH=../../tests:../../tests/project ../../$(BIN)/python -m mypy $(TESTS_MAY) ../../tests/project
 
-bench: .venv/ready  ## measure speed against a plain loop and the textbook way; BENCH="--data DIR" uses your images
+bench: .venv/ready  ## measure speed; BENCH="--data DIR" uses your images
 	$(BIN)/python benchmarks/speed.py $(BENCH)
 
 bench-quick: .venv/ready  ## the same on a few images, to see that the benchmark works

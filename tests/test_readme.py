@@ -113,6 +113,13 @@ def test_every_target_exists():
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
 
 
+@pytest.mark.parametrize("folder", [TEMPLATE, PROJECT], ids=["template", "project"])
+def test_make_lists_its_targets_in_80_columns(folder):
+    listed = subprocess.check_output(["make", "--no-print-directory"], cwd=folder, encoding="utf-8").splitlines()
+    assert "make help" in listed[0]
+    assert [line for line in listed if len(line) > 80] == []
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_template_work(tmp_path):
     left_behind = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache")

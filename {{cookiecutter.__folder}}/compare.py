@@ -60,7 +60,7 @@ def main() -> None:
     write_json(folder.comparison, comparison, indent=2)
     plot(comparison, folder.comparison_plot)
     show(comparison)
-    print(f"{folder.comparison} has all numbers, {folder.comparison_plot} the plot")
+    print(f"results: {os.path.relpath(folder.comparison)}, plot: {os.path.relpath(folder.comparison_plot)}")
 
 
 def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = None) -> dict[str, Any]:

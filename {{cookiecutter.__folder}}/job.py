@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from federation.errors import RunError, UserError, exit_code
+from federation.errors import RunError, UserError, exit_code, show
 from federation.launch.model_file import check_model
 from federation.launch.options import PROJECT, parse
 from federation.launch.resume import Start
@@ -182,7 +182,7 @@ def check(options: Options) -> int:
         if fault := outcome.find_fault(run, result, options, list(distribution.sites)):
             raise RunError(f"{fault}\nFull log: {run.log}")
     except (UserError, RunError, OSError) as error:
-        print(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check", file=sys.stderr)
+        show(f"\nNOT VERIFIED: {error}\nTry again with: {sys.executable} job.py --check")
         return 1
     print(f"\nThe check trains on only {options.max_batches} batches per site: ignore its accuracy")
     print(

@@ -17,7 +17,7 @@ from federation.run import folder
 from federation.run.folder import RunFolder
 from federation.site import catalog
 from job import main
-from programs import names_in
+from programs import names_in, on_a_terminal
 
 BAD_FLAGS = {
     "no client": (["--n_clients", "0"], "Invalid value for '--n_clients': 0 is not in the range x>=1"),
@@ -290,6 +290,17 @@ def test_a_syntax_error_in_model_py_is_rejected(project):
     run = project.run("job.py", "--dataset", "digits")
     assert run.returncode == 2
     assert re.fullmatch(r"job.py: model.py, line \d+: .*\n", run.stderr)
+
+
+def test_on_a_terminal_a_long_error_breaks_between_words(project):
+    command = ("job.py", "--dataset", "digits", "--n_clients", "900")
+    run = project.run(*command)
+    code, shown = on_a_terminal([sys.executable, *command], project.folder)
+    assert code == run.returncode == 2
+    assert run.stderr.count("\n") == 1 and len(run.stderr) > 80
+    lines = shown.decode().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines) == run.stderr.strip()
 
 
 UNREACHED = """

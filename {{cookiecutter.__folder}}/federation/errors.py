@@ -3,8 +3,10 @@
 Imports only the standard library.
 """
 
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 
 
@@ -14,6 +16,15 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A failed run: which site, which exception, which line; the root cause comes first. Exit code 1."""
+
+
+def show(error: str) -> None:
+    """Print an error. Only a terminal gets its long lines in several, broken between words."""
+    lines = error.splitlines()
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines]
+    print("\n".join(lines), file=sys.stderr)
 
 
 def exit_code(program: str, main: Callable[[], int | None]) -> int:
@@ -27,10 +38,10 @@ def exit_code(program: str, main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        show(f"{program}: {error}")
         return 2
     except RunError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        show(f"{program}: {error}")
         return 1
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; no process is left", file=sys.stderr)

@@ -55,9 +55,14 @@ def modules(run) -> list[data.SiteDataModule]:
     return [opened(site, run) for site in site_names(run.n_clients)]
 
 
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """The images from 0 to 1, as before the normalization of data.py."""
+    return images * data.STD + data.MEAN
+
+
 def colors(images: torch.Tensor) -> torch.Tensor:
     """The red, green and blue of each image, int64 (B, 3): its number, its class, and 1 if it is a test image."""
-    return ((images[:, :, 0, 0] + 1) * 127.5).round().to(torch.int64)
+    return (pixels(images)[:, :, 0, 0] * 255).round().to(torch.int64)
 
 
 def numbers(loader) -> list[int]:
@@ -78,10 +83,10 @@ def test_batches_are_float_images_and_integer_labels(options):
     assert (labels.shape, labels.dtype) == ((16,), torch.int64)
 
 
-def test_pixels_go_from_minus_one_to_one(options):
+def test_pixels_are_normalized_from_black_0_and_white_1(options):
     module = opened("site-1", options())
-    every = torch.cat([images for images, _ in module.val_dataloader()])
-    assert every.min().item() == pytest.approx(-1)
+    every = torch.cat([pixels(images) for images, _ in module.val_dataloader()])
+    assert every.min().item() == pytest.approx(0, abs=1e-6)
     assert every.max().item() == pytest.approx(1)
 
 
