@@ -234,8 +234,8 @@ def check_classes(names: dict[str, list[str]]) -> None:
             other, elsewhere = seen.setdefault(alike, (name, place))
             if other != name:
                 raise UserError(
-                    f"{elsewhere} has a class {other!r} and {place} has {name!r}: use one spelling if they are the same "
-                    "class; otherwise, make them differ in more than case, outer spaces and Unicode form"
+                    f"{elsewhere} has a class {other!r} and {place} has {name!r}: use one spelling if they are the "
+                    "same class; otherwise, make them differ in more than case, outer spaces and Unicode form"
                 )
 
 
