@@ -173,7 +173,7 @@ def test_if_no_mirror_works_each_is_tried_once_and_the_check_uses_digits(cookiec
     code, said = run(*cookiecutter("silent", "wrong"))
     assert code == 0 and (tmp_path / "eyes" / "job.py").exists()
     assert mirrors.asked == ["silent", "wrong"], said
-    assert "checked --dataset digits" in said and "cannot be fetched" in said
+    assert "checked --dataset digits" in said and "cannot be downloaded" in said
     assert cached(tmp_path) == []
 
 

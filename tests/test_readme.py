@@ -28,6 +28,10 @@ RUN_IN_PROJECT = {  # command -> flags added to keep the test short
     "python3 install.py": "",
     ". .venv/bin/activate": "",
     JOB: "",
+    f"{JOB} --n_clients 1000 --sites_per_round 50 --num_rounds 20 --evaluate_sites 100": (
+        "--n_clients 60 --num_rounds 2 --evaluate_sites 9"
+    ),
+    f"{JOB} --debug site-2": "",
     RESULTS: "",
     f"{RESULTS} first second": "",
     f"{RESULTS} first --html": "",

@@ -5,8 +5,8 @@ lines. To add an option, add a line:
 
     weight_decay: float = training(0.0, "weight decay of the sites' optimizer", least=0.0, resume=INHERITED)
 
-It is then `options.weight_decay` in model.py, data.py and trainer.py. This file travels to the sites, so it imports only
-the standard library. The values travel as options.json.
+It is then `options.weight_decay` in model.py, data.py and trainer.py. This file travels to the sites, so it imports
+only the standard library. The values travel as options.json.
 """
 
 import json

@@ -69,7 +69,7 @@ REFUSED = {
         "--resume nowhere: ",
     ),
     "an interrupted run": (["--resume", "broken"], "runs/broken/results.json does not exist: finish a run"),
-    "a run of a newer version": (["--resume", "newer"], "has version 99, but this project reads up to 1"),
+    "a run of a newer version": (["--resume", "newer"], "has version 99, but this project reads up to 2"),
     "a broken result": (["--resume", "none"], "runs/none/results.json is broken"),
     "resuming from elsewhere": (["--resume", "/nowhere/first/"], "--resume /nowhere/first/: "),
     "resuming with other data": (

@@ -215,7 +215,7 @@ class TestAFinishedRun:
         accuracy = finished.result["test"]["accuracy"]
         assert f"Confusion matrix of all sites: accuracy {accuracy:.3f} on 360 test images" in page
         assert ", but all sites reported" not in page
-        assert "Timeline of each site" in page
+        assert "Timeline of each process" in page
         assert "Every tensor matches a weight of the final model by name and shape" in page
 
     def test_can_be_compared_without_nvflare(self, finished):

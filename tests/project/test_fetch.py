@@ -11,10 +11,10 @@ from mirrors import ARCHIVE, good, hangs, md5, missing, trickles, truncated, wro
 from programs import data_error, names_in
 
 FAULTS = {  # behaviour -> what the user is told
-    truncated: "the connection broke off",
+    truncated: "the connection was interrupted",
     wrong: "wrong checksum",
     missing: "answers 404",
-    hangs: "nothing came for",
+    hangs: "no data for",
     trickles: "too slow",
 }
 
@@ -168,7 +168,7 @@ def test_no_mirror_is_tried_once_the_time_is_up(mirror, publish, empty_cache, mo
 def test_a_time_limit_that_is_no_number_is_named(mirror, publish, empty_cache, monkeypatch):
     publish("cifar10", mirror(good).url)
     monkeypatch.setenv("FL_DATA_TIMEOUT", "ten minutes")
-    assert "FL_DATA_TIMEOUT is a number of seconds, not 'ten minutes'" in failure()
+    assert "FL_DATA_TIMEOUT is 'ten minutes': expected a number of seconds" in failure()
 
 
 # ---- what is there already

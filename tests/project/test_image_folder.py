@@ -22,10 +22,10 @@ from federation.site.catalog import open_split, prepare
 from programs import PROJECT, data_error, names_in
 
 
-def save(path: Path, colour=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:
-    """An image of one colour."""
+def save(path: Path, color=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:
+    """An image of one color."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
+    Image.new(mode, size, color).save(path)
     return path
 
 
@@ -476,7 +476,7 @@ def test_a_copy_that_was_replaced_before_it_was_opened_is_an_error_of_one_line(r
     store = prepare("image_folder", root, 4)
     save(root / "train" / "cat" / "3.png", (13, 0, 0))
     prepare("image_folder", root, 4)
-    assert "run the same command again" in data_error(open_split, store, "train")
+    assert "run the command again" in data_error(open_split, store, "train")
 
 
 DIE_WHILE_CONVERTING = """
@@ -714,7 +714,7 @@ def test_more_sites_than_folders_are_answered_with_the_number_of_folders(each_it
     run = each_its_own(site_1=["cat"], site_2=["cat", "dog"])
     run.n_clients = 4
     message = data_error(distribution.prepare, run)
-    assert "site-3 is not there" in message and "use --n_clients 2" in message
+    assert "site-3 does not exist" in message and "use --n_clients 2" in message
     assert conversions == []  # it is told at once
 
 
@@ -765,7 +765,7 @@ def test_the_classes_of_real_sites_are_the_lines_of_a_file(classes_file, content
     [
         (b"", "at least two"),
         (b"cat\n", "at least two"),
-        (b"cat\ndog\ncat\n", "none twice"),
+        (b"cat\ndog\ncat\n", "without duplicates"),
         (b"cat\nCat\n", "'cat'"),
         ("cat\nd\u2028og\n".encode(), r"'d\u2028og'"),
         ("cat\nd\x85og\n".encode(), r"'d\x85og'"),

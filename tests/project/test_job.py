@@ -176,7 +176,7 @@ DATA_FAULTS = {
         ["--dataset", "digits", "--n_clients", "144", "--partition", "dirichlet"],
         "no Dirichlet draw with alpha 0.5 gives each of 144 sites 10 of the 1437 training images",
     ),
-    "no folder of images": (["--dataset", "image_folder"], "image_folder needs the folder"),
+    "no folder of images": (["--dataset", "image_folder"], "image_folder needs a folder"),
     "a folder that is not there": (["--dataset", "image_folder", "--data_root", "/nowhere"], "/nowhere"),
 }
 
@@ -216,7 +216,7 @@ def test_a_failed_download_says_what_to_do(job, monkeypatch):
     assert progress and not any("Traceback" in line for line in progress)
     for hint in ("127.0.0.1:9: ", "www.cs.toronto.edu: ", "./prepare_data.sh", "FL_DATA_MIRROR", "--dataset digits"):
         assert hint in last
-    assert "put cifar-10-python.tar.gz (MD5 c58f30108f718f92721af3b95e74349a) into " in last
+    assert "copy cifar-10-python.tar.gz (MD5 c58f30108f718f92721af3b95e74349a) to " in last
 
 
 def test_the_choices_of_dataset_are_those_of_the_catalog():

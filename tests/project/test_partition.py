@@ -147,8 +147,8 @@ def test_shards_add_no_class_to_a_site_but_where_one_class_ends_and_the_next_beg
 @pytest.mark.parametrize(
     ("labels", "n_sites", "scheme", "more", "named"),
     [
-        (np.zeros(5, int), 3, "iid", {}, "take 2 sites or fewer"),
-        (np.zeros(5, int), 3, "dirichlet", {}, "take 2 sites or fewer"),
+        (np.zeros(5, int), 3, "iid", {}, "use --n_clients 2 or less"),
+        (np.zeros(5, int), 3, "dirichlet", {}, "use --n_clients 2 or less"),
         (np.zeros(19, int), 2, "dirichlet", {}, "--alpha"),
         (np.repeat([0, 1], 50), 3, "dirichlet", {"alpha": 1e-9}, "--alpha"),  # two classes cannot fill three sites
         (np.zeros(11, int), 2, "shards", {"shards_per_site": 3}, "--shards_per_site"),
