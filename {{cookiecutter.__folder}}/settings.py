@@ -59,7 +59,7 @@ class Options:
     """The options of a run, or those that a finished run or a job was made with."""
 
     dataset: str = data("{{ cookiecutter.dataset }}", "data set to train on", choices=DATASETS, resume=FIXED)
-    data_root: str | None = data(None, "folder of the raw data; {site} stands for a site's name", env="FL_DATA_ROOT", resume=INHERITED)
+    data_root: str | None = data(None, "raw data; {site} is a site's name", env="FL_DATA_ROOT", resume=INHERITED)
     image_size: int = data(32, "width and height of the images, in pixels", least=16, resume=FIXED)
     partition: str = data("iid", "how to partition the images across the sites", choices=PARTITIONS, resume=FIXED)
     alpha: float = data(0.5, "dirichlet: the smaller, the less similar the sites", above=0, resume=FIXED)
@@ -76,12 +76,12 @@ class Options:
     gpu: bool = training({{ cookiecutter.use_gpu }}, "use NVIDIA GPUs if available")
 
     algorithm: str = federated("fedavg", "federated algorithm", choices=(*ALGORITHMS,), resume=FIXED)
-    fedprox_mu: float = federated(0.01, "weight of the proximal term", above=0, algorithms=("fedprox",), resume=INHERITED)
-    server_learning_rate: float = federated(1.0, "learning rate of the server's optimizer", above=0, algorithms=("fedopt",), resume=INHERITED)
-    server_momentum: float = federated(0.9, "momentum of the server's optimizer", least=0, below=1, algorithms=("fedopt",), resume=INHERITED)
-    sites_per_round: int | None = federated(None, "number of random sites in each round  [all]", least=1, resume=INHERITED)
-    evaluate_sites: int | None = federated(None, "number of random sites in the final evaluation  [all]", least=1)
-    patience: int | None = federated(None, "stop after N rounds without improvement", least=1, algorithms=("fedavg", "fedprox"))
+    fedprox_mu: float = federated(0.01, "proximal weight mu", above=0, algorithms=("fedprox",), resume=INHERITED)
+    server_learning_rate: float = federated(1.0, "server step size", above=0, algorithms=("fedopt",), resume=INHERITED)
+    server_momentum: float = federated(0.9, "momentum", least=0, below=1, algorithms=("fedopt",), resume=INHERITED)
+    sites_per_round: int | None = federated(None, "random sites in each round  [all]", least=1, resume=INHERITED)
+    evaluate_sites: int | None = federated(None, "random sites in the last evaluation  [all]", least=1)
+    patience: int | None = federated(None, "stop N rounds after the best", least=1, algorithms=("fedavg", "fedprox"))
 
     env: str = simulation("sim", "simulator, POC on this machine, or real sites", choices=("sim", "poc", "prod"))
     n_clients: int = simulation({{ cookiecutter.num_clients | int }}, "number of sites", least=1, resume=FIXED)
