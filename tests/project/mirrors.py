@@ -1,6 +1,6 @@
-"""Small stand-ins for the public data sets, and a mirror on this machine that has every fault a mirror can have.
+"""Small stand-ins for the public data sets, and a local mirror with every possible fault.
 
-The stand-ins have the layout of the real data sets and are made of scikit-learn's digits. conftest.py makes fixtures of
+The stand-ins have the layout of the real data sets and consist of scikit-learn's digits. conftest.py has fixtures for
 both.
 """
 

@@ -1,4 +1,4 @@
-"""What becomes of a public data set: its images and labels in the cache, converted once and whole."""
+"""Public data sets are converted once, completely, into the cache."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ from programs import PROJECT, data_error, names_in
 
 @pytest.mark.parametrize("dataset", ["cifar10", "fashion_mnist", "bloodmnist"])
 @pytest.mark.parametrize("image_size", [32, 28])
-def test_a_data_set_becomes_color_images_of_the_size_asked_for(
+def test_a_data_set_is_converted_to_color_images_of_the_requested_size(
     dataset, image_size, mirror, publish, stand_ins, empty_cache
 ):
     stand_in = publish(dataset, mirror(good).url)
@@ -34,7 +34,7 @@ def test_a_data_set_becomes_color_images_of_the_size_asked_for(
 
 
 @pytest.mark.parametrize(("dataset", "own_size"), [("cifar10", 32), ("fashion_mnist", 28), ("bloodmnist", 28)])
-def test_pixels_stay_as_they_are_at_the_data_sets_own_size(dataset, own_size, mirror, publish, empty_cache):
+def test_pixels_are_unchanged_at_the_original_size(dataset, own_size, mirror, publish, empty_cache):
     stand_in = publish(dataset, mirror(good).url)
     images = stand_in.train[0]
     color = images if images.ndim == 4 else images[..., np.newaxis].repeat(3, axis=3)
@@ -42,7 +42,7 @@ def test_pixels_stay_as_they_are_at_the_data_sets_own_size(dataset, own_size, mi
     assert np.array_equal(opened.images, color.transpose(0, 3, 1, 2))
 
 
-def test_the_known_classes_of_cifar10_are_those_of_its_archive(mirror, publish, empty_cache):
+def test_the_classes_of_cifar10_match_its_archive(mirror, publish, empty_cache):
     publish("cifar10", mirror(good).url)
     assert open_split(prepare("cifar10", None, 32), "train").classes == CIFAR10_CLASSES
 
@@ -54,14 +54,14 @@ def test_every_label_has_a_class(dataset, n_classes, mirror, publish, empty_cach
     assert len(set(opened.classes)) == n_classes > opened.labels.max()
 
 
-def test_images_are_mapped_and_cannot_be_written(mirror, publish, empty_cache):
+def test_images_are_memory_mapped_and_read_only(mirror, publish, empty_cache):
     publish("cifar10", mirror(good).url)
     images = open_split(prepare("cifar10", None, 32), "train").images
     assert isinstance(images.base, np.memmap)
     assert not images.flags.writeable
 
 
-def test_the_known_classes_of_a_public_data_set_are_those_of_its_images():
+def test_the_classes_of_a_public_data_set_match_its_images():
     from torchvision.datasets import FashionMNIST
 
     known = {name: list(source.classes) for name, source in catalog.SOURCES.items()}
@@ -70,7 +70,7 @@ def test_the_known_classes_of_a_public_data_set_are_those_of_its_images():
     assert [len(known[name]) for name in ("cifar10", "bloodmnist")] == [10, 8]
 
 
-def test_digits_come_without_any_network():
+def test_digits_need_no_network():
     store = prepare("digits", None, 32)
     train, test = open_split(store, "train"), open_split(store, "test")
     assert (train.images.shape, test.images.shape) == ((1437, 3, 32, 32), (360, 3, 32, 32))
@@ -78,24 +78,24 @@ def test_digits_come_without_any_network():
     assert train.classes == [str(i) for i in range(10)]
 
 
-def test_digits_use_the_whole_range_of_pixels():
+def test_digits_use_the_full_range_of_pixel_values():
     images = open_split(prepare("digits", None, 32), "train").images
     assert images.dtype == np.uint8
     assert np.unique(images).tolist() == np.round(np.arange(17) * 255 / 16).astype(int).tolist()
 
 
-def test_digits_are_enlarged_four_times_and_grey():
+def test_digits_are_enlarged_four_times_and_gray():
     images = open_split(prepare("digits", None, 32), "test").images
     assert np.array_equal(images, images[:, :1, ::4, ::4].repeat(3, axis=1).repeat(4, axis=2).repeat(4, axis=3))
 
 
-def test_the_test_split_of_digits_has_every_class_in_its_proportion():
+def test_the_test_split_of_digits_is_stratified():
     store = prepare("digits", None, 32)
     train, test = (np.bincount(open_split(store, split).labels) for split in ("train", "test"))
     assert np.abs(test - (train + test) * 0.2).max() <= 1
 
 
-def test_digits_are_the_same_bytes_in_every_cache(empty_cache, monkeypatch, tmp_path):
+def test_digits_are_identical_in_every_cache(empty_cache, monkeypatch, tmp_path):
     first = prepare("digits", None, 32)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setenv("HOME", str(tmp_path / "another"))
@@ -105,26 +105,26 @@ def test_digits_are_the_same_bytes_in_every_cache(empty_cache, monkeypatch, tmp_
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names_in(first))
 
 
-def test_an_unknown_data_set_is_answered_with_the_known_ones():
+def test_an_unknown_data_set_lists_the_known_ones():
     message = data_error(prepare, "imagenet", None, 32)
     assert all(name in message for name in ("imagenet", "cifar10", "digits", "image_folder"))
 
 
-def test_another_image_size_uses_the_archive_that_is_there(mirror, publish, empty_cache):
+def test_another_image_size_reuses_the_archive(mirror, publish, empty_cache):
     server = mirror(good)
     publish("cifar10", server.url)
     assert prepare("cifar10", None, 32) != prepare("cifar10", None, 16)
     assert server.requests == [ARCHIVE]
 
 
-def test_a_second_preparation_asks_nobody(mirror, publish, empty_cache):
+def test_a_second_preparation_downloads_nothing(mirror, publish, empty_cache):
     server = mirror(good)
     publish("cifar10", server.url)
     assert prepare("cifar10", None, 32) == prepare("cifar10", None, 32)
     assert server.requests == [ARCHIVE]
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(monkeypatch, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
@@ -136,7 +136,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
-def test_an_interrupted_conversion_leaves_nothing_and_is_made_good(
+def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(
     interruption, mirror, publish, empty_cache, monkeypatch
 ):
     def interrupted(*args):
@@ -161,7 +161,7 @@ catalog.prepare("digits", None, 32)
 """
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next(empty_cache):
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(empty_cache):
     assert subprocess.run([sys.executable, "-c", DIE_WHILE_CONVERTING], cwd=PROJECT).returncode == 9
     assert len(names_in(empty_cache)) == 2
     prepare("digits", None, 32)
@@ -196,7 +196,7 @@ print(catalog.prepare("bloodmnist", None, 28))
 """
 
 
-def test_two_processes_at_once_download_once(mirror, stand_ins, empty_cache):
+def test_two_simultaneous_processes_download_once(mirror, stand_ins, empty_cache):
     def waits_for_a_second_request(handler, content: bytes) -> None:
         if len(handler.server.requests) > 1:
             second.set()

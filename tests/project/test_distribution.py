@@ -108,7 +108,7 @@ def test_with_none_a_site_may_have_any_name(run):
 
 
 @pytest.mark.parametrize("changes", [{"n_clients": 101}, {"partition": "dirichlet", "n_clients": 21}], ids=str)
-def test_more_sites_than_the_images_allow_are_refused(changes, run):
+def test_more_sites_than_the_images_allow_are_rejected(changes, run):
     assert re.search("or less|fewer", failure("site-1", run(**changes)))
 
 

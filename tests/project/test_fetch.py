@@ -1,4 +1,4 @@
-"""Fetching a public data set: from mirrors with every fault, from a private one, or what lies there already."""
+"""Downloading a public data set: from faulty mirrors, from a private one, or not at all if it is there."""
 
 import socket
 from pathlib import Path
@@ -44,46 +44,46 @@ def failure(root: Path | None = None) -> str:
 # ---- mirrors
 
 
-def test_the_first_mirror_is_enough_if_it_is_good(mirror, publish, empty_cache):
+def test_the_first_working_mirror_is_enough(mirror, publish, empty_cache):
     first, second = mirror(good), mirror(good)
     publish("cifar10", first.url, second.url)
     prepare("cifar10", None, 32)
     assert (first.requests, second.requests) == ([ARCHIVE], [])
 
 
-def test_a_good_mirror_makes_up_for_a_bad_one(bad, mirror, publish, empty_cache):
+def test_a_working_mirror_replaces_a_broken_one(bad, mirror, publish, empty_cache):
     stand_in = publish("cifar10", bad.url, mirror(good).url)
     store = prepare("cifar10", None, 32)
     assert open_split(store, "train").labels.tolist() == stand_in.train[1].tolist()
 
 
-def test_what_a_bad_mirror_did_is_said(bad, mirror, publish, empty_cache, capfd):
+def test_the_fault_of_a_mirror_is_reported(bad, mirror, publish, empty_cache, capfd):
     publish("cifar10", bad.url, mirror(good).url)
     prepare("cifar10", None, 32)
     assert f"{bad.host}: {bad.reason}" in capfd.readouterr().err
 
 
-def test_only_the_right_file_is_kept(bad, mirror, publish, empty_cache):
+def test_only_a_file_with_the_right_checksum_is_kept(bad, mirror, publish, empty_cache):
     stand_in = publish("cifar10", bad.url, mirror(good).url)
     store = prepare("cifar10", None, 32)
     assert names_in(empty_cache) == sorted([ARCHIVE, store.name, f"{store.name}.lock"])
     assert (empty_cache / ARCHIVE).read_bytes() == stand_in.files[ARCHIVE]
 
 
-def test_nothing_is_kept_if_every_mirror_is_bad(bad, publish, empty_cache):
+def test_nothing_is_kept_if_all_mirrors_fail(bad, publish, empty_cache):
     publish("cifar10", bad.url)
     failure()
     assert names_in(empty_cache) == ["cifar10-32px.lock"]
 
 
-def test_the_error_names_each_host_and_what_it_did(bad, mirror, publish, closed_port, empty_cache):
+def test_the_error_names_each_host_and_its_fault(bad, mirror, publish, closed_port, empty_cache):
     publish("cifar10", closed_port, bad.url)
     message = failure()
     assert f"{closed_port[7:-1]}: connection refused" in message
     assert f"{bad.host}: {bad.reason}" in message
 
 
-def test_the_error_names_every_way_out(mirror, publish, empty_cache):
+def test_the_error_names_every_remedy(mirror, publish, empty_cache):
     stand_in = publish("cifar10", mirror(missing).url)
     message = failure()
     ways = [
@@ -96,13 +96,13 @@ def test_the_error_names_every_way_out(mirror, publish, empty_cache):
     assert [way for way in [*ways, "--dataset digits"] if way not in message] == []
 
 
-def test_the_command_that_tries_again_names_the_data_root_that_was_given(mirror, publish, empty_cache, tmp_path):
+def test_the_suggested_command_has_the_given_data_root(mirror, publish, empty_cache, tmp_path):
     publish("cifar10", mirror(missing).url)
     root = tmp_path / "my data"
     assert f"./prepare_data.sh --dataset cifar10 --data_root '{root}'," in failure(root=root)
 
 
-def test_a_private_mirror_is_asked_first(mirror, publish, empty_cache, monkeypatch):
+def test_a_private_mirror_is_tried_first(mirror, publish, empty_cache, monkeypatch):
     private, public = mirror(good), mirror(good)
     publish("cifar10", public.url)
     monkeypatch.setenv("FL_DATA_MIRROR", private.url.rstrip("/"))
@@ -110,7 +110,7 @@ def test_a_private_mirror_is_asked_first(mirror, publish, empty_cache, monkeypat
     assert (private.requests, public.requests) == ([ARCHIVE], [])
 
 
-def test_the_public_mirrors_make_up_for_a_bad_private_one(mirror, publish, empty_cache, monkeypatch):
+def test_public_mirrors_are_tried_if_the_private_one_fails(mirror, publish, empty_cache, monkeypatch):
     private, public = mirror(missing), mirror(good)
     publish("cifar10", public.url)
     monkeypatch.setenv("FL_DATA_MIRROR", private.url)
@@ -118,7 +118,7 @@ def test_the_public_mirrors_make_up_for_a_bad_private_one(mirror, publish, empty
     assert (private.requests, public.requests) == ([ARCHIVE], [ARCHIVE])
 
 
-def test_a_private_mirrors_password_is_not_shown(mirror, publish, empty_cache, monkeypatch, capfd):
+def test_the_password_of_a_private_mirror_is_not_printed(mirror, publish, empty_cache, monkeypatch, capfd):
     private = mirror(missing)
     publish("cifar10")
     monkeypatch.setenv("FL_DATA_MIRROR", f"http://user:secret@{private.host}/")
@@ -133,9 +133,7 @@ def test_a_private_mirrors_password_is_not_shown(mirror, publish, empty_cache, m
         "mirror.example/files",
     ],
 )
-def test_an_address_that_is_none_is_refused_without_showing_it(
-    address, mirror, publish, empty_cache, monkeypatch, capfd
-):
+def test_an_invalid_address_is_rejected_without_printing_it(address, mirror, publish, empty_cache, monkeypatch, capfd):
     public = mirror(good)
     publish("cifar10", public.url)
     monkeypatch.setenv("FL_DATA_MIRROR", address)
@@ -145,7 +143,7 @@ def test_an_address_that_is_none_is_refused_without_showing_it(
     assert public.requests == []
 
 
-def test_the_password_in_an_address_that_a_mirror_sends_on_to_is_not_shown(mirror, publish, empty_cache, capfd):
+def test_the_password_in_a_redirect_is_not_printed(mirror, publish, empty_cache, capfd):
     def elsewhere(handler, content: bytes) -> None:
         handler.send_response(302)
         handler.send_header("Location", "sftp://user:secret@mirror.example/")
@@ -157,7 +155,7 @@ def test_the_password_in_an_address_that_a_mirror_sends_on_to_is_not_shown(mirro
     assert "secret" not in message + "".join(capfd.readouterr())
 
 
-def test_no_mirror_is_tried_once_the_time_is_up(mirror, publish, empty_cache, monkeypatch):
+def test_no_mirror_is_tried_after_the_deadline(mirror, publish, empty_cache, monkeypatch):
     server = mirror(good)
     publish("cifar10", server.url)
     monkeypatch.setenv("FL_DATA_TIMEOUT", "-1")
@@ -165,7 +163,7 @@ def test_no_mirror_is_tried_once_the_time_is_up(mirror, publish, empty_cache, mo
     assert server.requests == []
 
 
-def test_a_time_limit_that_is_no_number_is_named(mirror, publish, empty_cache, monkeypatch):
+def test_an_invalid_time_limit_is_rejected(mirror, publish, empty_cache, monkeypatch):
     publish("cifar10", mirror(good).url)
     monkeypatch.setenv("FL_DATA_TIMEOUT", "ten minutes")
     assert "FL_DATA_TIMEOUT is 'ten minutes': expected a number of seconds" in failure()
@@ -175,7 +173,7 @@ def test_a_time_limit_that_is_no_number_is_named(mirror, publish, empty_cache, m
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "fashion_mnist", "bloodmnist"])
-def test_files_that_lie_under_the_data_root_are_used_and_left_alone(dataset, mirror, publish, empty_cache, tmp_path):
+def test_files_under_the_data_root_are_used_and_not_changed(dataset, mirror, publish, empty_cache, tmp_path):
     server = mirror(good)
     stand_in = publish(dataset, server.url)
     root = tmp_path / "brought by hand"
@@ -189,7 +187,7 @@ def test_files_that_lie_under_the_data_root_are_used_and_left_alone(dataset, mir
     assert open_split(store, "train").labels.tolist() == stand_in.train[1].tolist()
 
 
-def test_a_corrupt_archive_under_the_data_root_is_fetched_anew(mirror, publish, empty_cache, tmp_path):
+def test_a_corrupt_archive_under_the_data_root_is_downloaded_again(mirror, publish, empty_cache, tmp_path):
     server = mirror(good)
     stand_in = publish("cifar10", server.url)
     (tmp_path / ARCHIVE).write_bytes(stand_in.files[ARCHIVE][:-1])
@@ -204,20 +202,20 @@ def test_a_corrupt_archive_that_cannot_be_replaced_is_named(mirror, publish, emp
     assert f"{tmp_path / ARCHIVE}: wrong checksum" in failure(root=tmp_path)
 
 
-def test_the_archive_is_kept_in_the_data_root_that_was_given(mirror, publish, empty_cache, tmp_path):
+def test_the_archive_is_stored_in_the_given_data_root(mirror, publish, empty_cache, tmp_path):
     publish("cifar10", mirror(good).url)
     prepare("cifar10", tmp_path / "data" / "shared", 32)
     assert names_in(tmp_path / "data" / "shared") == [ARCHIVE]
 
 
-def test_a_data_root_that_cannot_be_made_is_named(mirror, publish, empty_cache, tmp_path):
+def test_a_data_root_that_cannot_be_created_is_named(mirror, publish, empty_cache, tmp_path):
     publish("cifar10", mirror(good).url)
     (tmp_path / "file").touch()
     assert str(tmp_path / "file" / "data") in failure(root=tmp_path / "file" / "data")
 
 
 @pytest.mark.parametrize(("mode", "said"), [(0o555, "cannot write"), (0o000, "")], ids=["read-only", "locked"])
-def test_a_data_root_without_the_archive_that_cannot_be_written_is_named(
+def test_a_read_only_data_root_without_the_archive_is_named(
     mode, said, mirror, publish, empty_cache, tmp_path, permissions_bind
 ):
     publish("cifar10", mirror(good).url)

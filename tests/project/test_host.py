@@ -1,4 +1,4 @@
-"""The executor: a task is a call of client.main, for one site or for several, and nothing else outlives it."""
+"""The executor: a task is a call of client.main for each site, and only control variates outlive it."""
 
 from types import SimpleNamespace
 
@@ -102,7 +102,7 @@ def test_only_the_sites_of_a_cohort_do_a_task(task, name):
     assert reply.get_header(COHORT) == []
 
 
-def test_the_change_is_sent_where_it_is_asked_for(task):
+def test_the_change_of_the_weights_is_sent_for_fedopt(task):
     full, weights = task(AppConstants.TASK_TRAIN, "site-1")
     difference, _ = task(AppConstants.TASK_TRAIN, "site-1", difference=True)
     assert answer(difference).params_type == ParamsType.DIFF
@@ -124,7 +124,7 @@ def test_a_sites_control_variate_outlives_its_process(task, tmp_path):
     assert any(np.abs(change).max() > 1e-6 for change in changes[1].values())
 
 
-def test_a_task_that_fails_says_where(task, monkeypatch, caplog):
+def test_a_failed_task_logs_where_it_failed(task, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("boom at the site")
 

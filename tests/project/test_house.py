@@ -1,4 +1,4 @@
-"""What keeps the project easy to change: who may import whom, how an option is added, what client.py may say."""
+"""Rules that keep the project easy to change: imports, options in one line, a short client.py."""
 
 import ast
 import json
@@ -24,13 +24,13 @@ def imports(path) -> set[str]:
 
 
 @pytest.mark.parametrize("room", ["site", "server"])
-def test_what_travels_imports_only_what_travels(room):
+def test_code_that_travels_imports_only_code_that_travels(room):
     for path in (PROJECT / "federation" / room).glob("*.py"):
         for name in imports(path):
             assert name in SHARED or (name.startswith(f"{room}.") and name.count(".") == 1), f"{path.name}: {name}"
 
 
-def test_no_file_of_the_rooms_that_travel_is_imported_for_a_constant():
+def test_code_that_travels_is_not_imported_for_a_constant():
     for path in [*PROJECT.glob("*.py"), *(PROJECT / "federation").rglob("*.py")]:
         if path.parent.name in ("site", "server"):
             continue
@@ -40,18 +40,18 @@ def test_no_file_of_the_rooms_that_travel_is_imported_for_a_constant():
                 assert constants in ([], ["DEAD_CLIENT_TIMING"]), f"{path.name}: {constants}"
 
 
-def test_nothing_is_a_package_as_nvflare_would_not_send_it():
+def test_no_folder_is_a_package_because_nvflare_would_not_send_it():
     assert not list(PROJECT.glob("federation/**/__init__.py"))
 
 
-def test_no_module_writes_the_environment_to_tell_another_one_something():
+def test_no_module_writes_environment_variables():
     writes = re.compile(r"os\.environ(\[[^]]+\] *=[^=]|\.(setdefault|update|pop|clear)\()|os\.putenv")
     found = {path.name for path in PROJECT.rglob("*.py") if writes.search(path.read_text(encoding="utf-8"))}
     allowed = {"fork_server.py", "simulator.py"}  # at the start of a process, to be what its parent asked for
     assert {name for name in found if not name.startswith("test_")} <= allowed
 
 
-def test_client_py_is_short_and_knows_no_flags():
+def test_client_py_is_short_and_parses_no_flags():
     text = (PROJECT / "client.py").read_text(encoding="utf-8")
     code = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     assert ast.unparse(code["main"]).count("\n") < 25

@@ -1,4 +1,4 @@
-"""The user's own images: what may lie in the folder, what is said when it cannot be used, and when it is read again."""
+"""The user's own images: what a folder can contain, errors if it cannot be used, and when it is converted again."""
 
 import io
 import os
@@ -73,14 +73,14 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_labels_are_places_in_the_sorted_list_of_folders(root, split):
+def test_labels_are_indices_into_the_sorted_folders(root, split):
     opened = open_split(prepare("image_folder", root, 4), split)
     assert opened.classes == ["cat", "dog"]
     assert [opened.classes[label] for label in opened.labels] == sorted(["cat", "dog"] * (len(opened.labels) // 2))
     assert opened.labels.dtype == np.int64
 
 
-def test_images_come_in_the_order_of_their_names(root):
+def test_images_are_sorted_by_name(root):
     assert reds(root, "train") == [10, 11, 12, 20, 21, 22]
     assert reds(root, "test") == [10, 11, 20, 21]
 
@@ -110,14 +110,14 @@ def test_images_come_in_the_order_of_their_names(root):
         ("map.pgm", "L", 77, (77, 77, 77)),
     ],
 )
-def test_every_kind_of_image_becomes_rgb(root, name, mode, color, expected):
+def test_every_kind_of_image_is_converted_to_rgb(root, name, mode, color, expected):
     save(root / "train" / "aardvark" / name, color, mode=mode)
     image = images_of(root)[0]
     assert image.dtype == np.uint8
     assert image.reshape(3, -1).T.tolist() == [list(expected)] * 16
 
 
-def test_a_palettes_colors_are_looked_up(root):
+def test_palettes_are_resolved(root):
     colors = Image.new("RGB", (4, 4), (200, 100, 50)).quantize(4)
     (root / "train" / "aardvark").mkdir()
     colors.save(root / "train" / "aardvark" / "palette.png")
@@ -142,7 +142,7 @@ def a_palette_with_alpha(folder: Path) -> None:
     ],
     ids=["palette", "one gray", "one color", "web", "premultiplied", "palette with alpha"],
 )
-def test_what_is_transparent_is_white(root, save_it):
+def test_transparent_pixels_become_white(root, save_it):
     (root / "train" / "aardvark").mkdir()
     save_it(root / "train" / "aardvark")
     assert images_of(root)[0].tolist() == np.full((3, 4, 4), 255).tolist()
@@ -150,7 +150,7 @@ def test_what_is_transparent_is_white(root, save_it):
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_exif_orientation_says(root, suffix, orientation):
+def test_the_exif_orientation_is_applied(root, suffix, orientation):
     upright = np.zeros((32, 32, 3), np.uint8)
     upright[:16, :16], upright[:16, 16:] = 255, 128  # each corner tells where it is
     upright[16:, :16] = 64
@@ -168,13 +168,13 @@ def test_an_image_is_turned_as_its_exif_orientation_says(root, suffix, orientati
     assert np.abs(image[:, 4::24, 4::24] - upright.transpose(2, 0, 1)[:, 4::24, 4::24]).max() < 10
 
 
-def test_a_tiff_whose_zero_is_white_is_not_a_negative(root):
+def test_a_tiff_with_white_as_zero_is_not_inverted(root):
     (root / "train" / "aardvark").mkdir()
     (root / "train" / "aardvark" / "0.tif").write_bytes(tiff([55], 8, photometric=0))
     assert np.unique(images_of(root)[0]).tolist() == [200]
 
 
-def test_fewer_than_eight_bits_use_the_whole_range(root):
+def test_fewer_than_eight_bits_use_the_full_range(root):
     (root / "train" / "aardvark").mkdir()
     (root / "train" / "aardvark" / "0.pgm").write_bytes(b"P5 2 2 15\n" + bytes([15] * 4))
     assert np.unique(images_of(root)[0]).tolist() == [255]
@@ -205,7 +205,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_an_image_whose_black_and_white_would_be_guessed_is_refused(root, kind):
+def test_an_image_with_an_unknown_range_is_rejected(root, kind):
     content, reason = REFUSED[kind]
     path = root / "train" / "dog" / "0.png"  # the suffix does not matter
     path.write_bytes(content())
@@ -213,7 +213,7 @@ def test_an_image_whose_black_and_white_would_be_guessed_is_refused(root, kind):
     assert str(path) in message and reason in message
 
 
-def test_the_preview_in_a_cameras_jpeg_is_not_taken_for_a_second_image(root):
+def test_the_preview_in_a_cameras_jpeg_is_not_a_second_image(root):
     (root / "train" / "aardvark").mkdir()
     content = pillow("L", 128, "MPO", Image.new("L", (4, 4)))
     (root / "train" / "aardvark" / "0.jpg").write_bytes(content)
@@ -266,7 +266,7 @@ def tiff(pixel: list[int], bits: int, photometric: int = 1, sample_format: int =
     return b"II*\0" + struct.pack("<I", 32) + pixels + bits_of_each + directory + bytes(4)
 
 
-def test_the_conversion_in_the_readme_makes_an_image_of_twelve_bits_readable(root):
+def test_the_conversion_in_the_readme_makes_twelve_bit_images_readable(root):
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "4095" in block]
     folder = root / "train" / "aardvark"
@@ -280,7 +280,7 @@ def test_the_conversion_in_the_readme_makes_an_image_of_twelve_bits_readable(roo
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 480), (4, 4)], ids=str)
 @pytest.mark.parametrize("image_size", [4, 32])
-def test_every_size_is_brought_to_the_one_asked_for(root, size, image_size):
+def test_images_of_any_size_are_resized(root, size, image_size):
     save(root / "train" / "aardvark" / "0.png", (9, 8, 7), size)
     image = images_of(root, image_size=image_size)[0]
     assert image.shape == (3, image_size, image_size)
@@ -293,21 +293,21 @@ def test_images_in_folders_within_a_class_belong_to_it(root):
     assert opened.labels[opened.images[:, 0, 0, 0].tolist().index(99)] == opened.classes.index("cat")
 
 
-def test_files_that_are_no_images_are_passed_over(root):
+def test_files_that_are_not_images_are_ignored(root):
     (root / "train" / "cat" / "notes.txt").write_text("a good cat")
     (root / "train" / "list.csv").write_text("0.png,cat")
     assert len(reds(root)) == 6
 
 
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0.png", "cat/._0.png"])
-def test_what_is_hidden_is_passed_over(root, hidden):
+def test_hidden_files_and_folders_are_ignored(root, hidden):
     (root / "train" / hidden).parent.mkdir(exist_ok=True)
     (root / "train" / hidden).write_bytes(b"no image at all")
     opened = open_split(prepare("image_folder", root, 4), "train")
     assert (len(opened.images), opened.classes) == (6, ["cat", "dog"])
 
 
-def test_names_may_have_spaces_and_any_letters(tmp_path):
+def test_names_can_have_spaces_and_any_letters(tmp_path):
     root = tmp_path / "Bilder für später 🙂"
     for class_name in ("größe 1", "猫", "it's"):
         save(root / "train" / class_name / "ein bild – 1.png")
@@ -315,7 +315,7 @@ def test_names_may_have_spaces_and_any_letters(tmp_path):
     assert open_split(prepare("image_folder", root, 4), "train").classes == sorted(["größe 1", "猫", "it's"])
 
 
-def test_a_name_that_is_not_utf8_is_no_obstacle(root):
+def test_file_names_need_not_be_utf8(root):
     name = os.fsdecode(b"gr\xf6\xdfe.png")
     try:
         (root / "train" / "cat" / "2.png").rename(root / "train" / "cat" / name)
@@ -346,7 +346,7 @@ def test_split_off_images_keep_their_labels(root_without_test):
     assert [opened.classes[label] for label in opened.labels] == expected
 
 
-def test_the_same_images_are_split_off_each_time(root_without_test, monkeypatch, tmp_path):
+def test_the_same_images_are_split_off_every_time(root_without_test, monkeypatch, tmp_path):
     first = reds(root_without_test, "test")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setenv("HOME", str(tmp_path / "another"))
@@ -370,7 +370,7 @@ def test_an_unchanged_folder_is_converted_once(root, conversions):
     assert conversions == [root]
 
 
-def test_what_is_hidden_does_not_change_a_folder(root, conversions):
+def test_hidden_files_do_not_trigger_a_new_conversion(root, conversions):
     images_of(root)
     save(root / "train" / ".ipynb_checkpoints" / "0.png")
     save(root / "train" / "cat" / ".ipynb_checkpoints" / "0.png")
@@ -378,7 +378,7 @@ def test_what_is_hidden_does_not_change_a_folder(root, conversions):
     assert len(conversions) == 1
 
 
-def test_each_image_size_has_a_store_of_its_own(root):
+def test_each_image_size_has_its_own_store(root):
     assert images_of(root, image_size=4).shape[2:] == (4, 4)
     assert images_of(root, image_size=8).shape[2:] == (8, 8)
 
@@ -408,7 +408,7 @@ def test_a_changed_folder_is_converted_again(root, conversions, change, expected
     assert len(conversions) == 2
 
 
-def test_a_change_behind_a_link_is_seen(root, tmp_path, conversions):
+def test_a_change_behind_a_link_is_noticed(root, tmp_path, conversions):
     elsewhere = tmp_path / "elsewhere"
     (root / "train" / "cat").rename(elsewhere)
     (root / "train" / "cat").symlink_to(elsewhere, target_is_directory=True)
@@ -424,7 +424,7 @@ def test_two_folders_with_the_same_files_are_two_data_sets(root, tmp_path):
     assert prepare("image_folder", root, 4) != first
 
 
-def test_a_new_rule_for_pixels_is_a_new_conversion(root, conversions, monkeypatch):
+def test_a_new_version_of_the_pixel_rule_triggers_a_conversion(root, conversions, monkeypatch):
     images_of(root)
     monkeypatch.setattr(catalog, "RULE", catalog.RULE + 1)
     images_of(root)
@@ -436,7 +436,7 @@ def test_a_new_rule_for_pixels_is_a_new_conversion(root, conversions, monkeypatc
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
 @pytest.mark.parametrize("dataset", ["image_folder", "digits"])
-def test_nobody_else_can_read_the_converted_copy(root, empty_cache, dataset, mask):
+def test_only_the_user_can_read_the_converted_copy(root, empty_cache, dataset, mask):
     before = os.umask(mask)
     try:
         store = prepare(dataset, root if dataset == "image_folder" else None, 16)
@@ -449,7 +449,7 @@ def test_nobody_else_can_read_the_converted_copy(root, empty_cache, dataset, mas
     assert store.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_changed_folder_leaves_no_older_copy_behind(root, empty_cache):
+def test_the_older_copy_of_a_changed_folder_is_removed(root, empty_cache):
     other_size = prepare("image_folder", root, 8)
     for i in range(3):
         save(root / "train" / "cat" / f"new {i}.png")
@@ -465,14 +465,14 @@ def test_two_folders_do_not_remove_each_others_copies(root, tmp_path, empty_cach
     assert second.is_dir() and not first.exists()
 
 
-def test_images_that_are_open_stay_readable_when_their_copy_is_replaced(root):
+def test_open_images_stay_readable_if_their_copy_is_replaced(root):
     opened = open_split(prepare("image_folder", root, 4), "train")
     save(root / "train" / "cat" / "3.png", (13, 0, 0))
     assert reds(root) == [10, 11, 12, 13, 20, 21, 22]
     assert opened.images[:, 0, 0, 0].tolist() == [10, 11, 12, 20, 21, 22]
 
 
-def test_a_copy_that_was_replaced_before_it_was_opened_is_an_error_of_one_line(root):
+def test_a_copy_that_was_replaced_before_it_was_opened_is_a_one_line_error(root):
     store = prepare("image_folder", root, 4)
     save(root / "train" / "cat" / "3.png", (13, 0, 0))
     prepare("image_folder", root, 4)
@@ -489,7 +489,7 @@ catalog.prepare("image_folder", Path(sys.argv[1]), 4)
 """
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next(root, empty_cache):
+def test_leftovers_of_a_killed_conversion_are_removed_by_the_next(root, empty_cache):
     command = [sys.executable, "-c", DIE_WHILE_CONVERTING, str(root)]
     assert subprocess.run(command, cwd=PROJECT).returncode == 9
     assert len([path for path in empty_cache.iterdir() if path.is_dir()]) == 1
@@ -560,22 +560,22 @@ def a_link_to_nowhere(root: Path) -> Path:
     ],
     ids=["broken", "truncated", "empty class", "empty train", "empty test", "no train", "no root", "dead link"],
 )
-def test_what_cannot_be_used_is_named(root, spoil):
+def test_unusable_files_and_folders_are_named(root, spoil):
     assert str(spoil(root)) in failure(root)
 
 
-def test_an_empty_class_is_named_though_the_folder_was_converted_before(root):
+def test_a_class_that_became_empty_is_named(root):
     images_of(root)
     (root / "train" / "emu").mkdir()
     assert str(root / "train" / "emu") in failure(root)
 
 
-def test_without_a_data_root_the_ways_to_give_one_are_named():
+def test_a_missing_data_root_says_how_to_set_it():
     message = failure(None)
     assert all(way in message for way in ("--data_root", "FL_DATA_ROOT", "train/<class>/<image>"))
 
 
-def test_a_folder_that_may_not_be_read_is_named(root, permissions_bind):
+def test_a_folder_without_read_permission_is_named(root, permissions_bind):
     (root / "train" / "dog").chmod(0)
     message = failure(root)
     (root / "train" / "dog").chmod(0o755)
@@ -599,14 +599,14 @@ UNFIT = {
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", UNFIT.values(), ids=UNFIT)
-def test_a_class_whose_name_is_no_line_of_text_is_refused(root, split, name):
+def test_a_class_name_with_a_line_break_is_rejected(root, split, name):
     (root / split / "cat").rename(root / split / name)
     message = failure(root)
     assert f"{root / split} has a class {name!r}" in message
     assert message.splitlines() == [message]
 
 
-def test_a_class_whose_name_is_not_utf8_is_refused(root):
+def test_a_class_name_that_is_not_utf8_is_rejected(root):
     try:
         (root / "train" / "cat").rename(root / "train" / os.fsdecode(b"gr\xf6\xdfe"))
     except OSError:
@@ -614,7 +614,7 @@ def test_a_class_whose_name_is_not_utf8_is_refused(root):
     assert f"{root / 'train'} has a class 'gr\\udcf6\\udcdfe'" in failure(root)
 
 
-def test_every_character_that_ends_a_line_is_refused_in_a_name():
+def test_every_line_breaking_character_is_rejected_in_a_class_name():
     ends = [chr(code) for code in range(sys.maxunicode + 1) if len(f"a{chr(code)}b".splitlines()) > 1]
     assert len(ends) > 5
     for character in ends:
@@ -633,7 +633,7 @@ ALIKE = {
 
 @pytest.mark.parametrize(("one", "other"), ALIKE.values(), ids=ALIKE)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_two_classes_that_look_alike_are_refused(root, split, one, other):
+def test_two_classes_that_look_alike_are_rejected(root, split, one, other):
     for name in ("train", "test"):
         shutil.rmtree(root / name / "cat")
     save(root / "train" / one / "0.png")
@@ -672,12 +672,12 @@ def labels_and_reds(module: data.SiteDataModule) -> set[tuple[int, int]]:
     }
 
 
-def test_each_site_has_a_folder_of_its_own(each_its_own):
+def test_each_site_can_have_its_own_folder(each_its_own):
     run = each_its_own(site_1=["cat"], site_2=["cat", "dog"])
     assert distribution.describe(run).counts == {"site-1": {"cat": 10, "dog": 0}, "site-2": {"cat": 10, "dog": 10}}
 
 
-def test_a_class_that_one_site_lacks_does_not_shift_its_other_labels(each_its_own):
+def test_a_class_that_a_site_lacks_does_not_shift_its_labels(each_its_own):
     run = each_its_own(site_1=["cat", "dog", "emu"], site_2=["bee", "emu"])
     run.classes = distribution.describe(run).classes
     assert run.classes == ["bee", "cat", "dog", "emu"]
@@ -686,7 +686,7 @@ def test_a_class_that_one_site_lacks_does_not_shift_its_other_labels(each_its_ow
     assert labels_and_reds(second) == {(0, ord("b")), (3, ord("e"))}
 
 
-def test_a_class_that_the_federation_does_not_know_is_named(each_its_own):
+def test_a_class_unknown_to_the_federation_is_named(each_its_own):
     run = each_its_own(site_1=["cat", "dog"], site_2=["cat", "unicorn"])
     run.classes = ["cat", "dog"]
     with pytest.raises(UserError, match="site-2 has a class 'unicorn'.*: cat, dog"):
@@ -710,7 +710,7 @@ def test_a_site_whose_folder_is_missing_is_named(each_its_own):
         distribution.prepare(run)
 
 
-def test_more_sites_than_folders_are_answered_with_the_number_of_folders(each_its_own, conversions):
+def test_with_too_few_folders_the_error_says_how_many_sites_there_can_be(each_its_own, conversions):
     run = each_its_own(site_1=["cat"], site_2=["cat", "dog"])
     run.n_clients = 4
     message = data_error(distribution.prepare, run)
@@ -718,7 +718,7 @@ def test_more_sites_than_folders_are_answered_with_the_number_of_folders(each_it
     assert conversions == []  # it is told at once
 
 
-def test_a_folder_for_no_site_at_all_is_not_answered_with_a_number(each_its_own):
+def test_with_no_folder_at_all_the_error_suggests_no_number(each_its_own):
     run = each_its_own()
     run.n_clients = 2
     message = data_error(distribution.prepare, run)
@@ -726,13 +726,13 @@ def test_a_folder_for_no_site_at_all_is_not_answered_with_a_number(each_its_own)
 
 
 @pytest.mark.parametrize(("one", "other"), ALIKE.values(), ids=ALIKE)
-def test_classes_of_two_sites_that_look_alike_are_refused(each_its_own, one, other):
+def test_similar_classes_of_two_sites_are_rejected(each_its_own, one, other):
     run = each_its_own(site_1=[one, "dog"], site_2=["dog"], site_3=["dog", other])
     message = data_error(distribution.describe, run)
     assert f"site-1 has a class {one!r} and site-3 has {other!r}" in message
 
 
-def test_a_single_class_over_all_sites_is_refused(each_its_own):
+def test_a_single_class_over_all_sites_is_rejected(each_its_own):
     run = each_its_own(site_1=["cat"], site_2=["cat"])
     distribution.prepare(run)
     message = data_error(distribution.describe, run)
@@ -756,7 +756,7 @@ def classes_file(tmp_path, options):
 @pytest.mark.parametrize(
     "content", [b"cat\ndog\n", b"cat\r\ndog", b"\xef\xbb\xbfcat\n\n dog \n"], ids=["", "crlf", "mark"]
 )
-def test_the_classes_of_real_sites_are_the_lines_of_a_file(classes_file, content):
+def test_the_classes_of_real_sites_come_from_a_file(classes_file, content):
     assert distribution.known_classes(classes_file(content)) == ["cat", "dog"]
 
 
@@ -774,7 +774,7 @@ def test_the_classes_of_real_sites_are_the_lines_of_a_file(classes_file, content
     ],
     ids=["none", "one", "twice", "alike", "line separator", "next line", "escape", "not UTF-8"],
 )
-def test_a_file_of_classes_that_cannot_be_used_is_refused(classes_file, content, said):
+def test_an_invalid_classes_file_is_rejected(classes_file, content, said):
     run = classes_file(content)
     message = data_error(distribution.known_classes, run)
     assert said in message and run.classes_file in message

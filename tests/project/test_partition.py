@@ -1,4 +1,4 @@
-"""Splitting images between sites: properties that hold for any labels, and a few lists that must never change."""
+"""Partitioning images across sites: properties that hold for any labels, and a few lists that must never change."""
 
 import time
 
@@ -70,7 +70,7 @@ def test_another_seed_gives_other_lists(scheme):
 
 
 @pytest.mark.parametrize("scheme", PARTITIONS)
-def test_the_global_random_state_is_neither_read_nor_moved(scheme):
+def test_numpys_global_random_state_is_not_used(scheme):
     np.random.seed(1)
     before = np.random.get_state(legacy=False)["state"]["key"].tolist()
     first = partition(BALANCED, 3, scheme, seed=0)
@@ -117,13 +117,13 @@ def unevenness(alpha: float) -> float:
     return float(np.mean([np.bincount(BALANCED[part]).max() / len(part) for part in parts]))
 
 
-def test_a_smaller_alpha_makes_sites_less_alike():
+def test_a_smaller_alpha_makes_sites_less_similar():
     assert unevenness(0.05) > unevenness(1.0) + 0.1 > unevenness(1000.0) + 0.2
     assert unevenness(1000.0) < 0.13
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_dirichlet_gives_no_more_classes_to_a_site_that_has_its_equal_share(seed):
+def test_dirichlet_gives_no_further_class_to_a_full_site(seed):
     sizes = [len(part) for part in partition(BALANCED, 2, "dirichlet", seed, alpha=0.1)]
     assert max(sizes) <= 500 + 100 + 1  # short of its share, it got one class more; an image can be left by rounding
 
@@ -136,9 +136,7 @@ def test_a_site_has_no_more_classes_than_shards(shards_per_site):
 
 @always_the_same
 @given(labels=many_labels, n_sites=few_sites, shards_per_site=st.integers(1, 5), seed=seeds)
-def test_shards_add_no_class_to_a_site_but_where_one_class_ends_and_the_next_begins(
-    labels, n_sites, shards_per_site, seed
-):
+def test_a_shard_has_two_classes_only_where_one_ends(labels, n_sites, shards_per_site, seed):
     parts = partition(labels, n_sites, "shards", seed, shards_per_site=shards_per_site)
     boundaries = len(np.unique(labels)) - 1
     assert sum(len(np.unique(labels[part])) for part in parts) <= n_sites * shards_per_site + boundaries
@@ -156,7 +154,7 @@ def test_shards_add_no_class_to_a_site_but_where_one_class_ends_and_the_next_beg
     ],
     ids=["iid", "dirichlet-images", "dirichlet-minimum", "dirichlet-alpha", "shards", "unknown"],
 )
-def test_what_cannot_be_split_is_refused_in_one_line(labels, n_sites, scheme, more, named):
+def test_an_impossible_partition_is_rejected_in_one_line(labels, n_sites, scheme, more, named):
     with pytest.raises(UserError) as error:
         partition(labels, n_sites, scheme, 0, **more)
     assert named in str(error.value)
@@ -209,7 +207,7 @@ def test_the_same_seed_splits_off_the_same_images():
 
 
 @pytest.mark.parametrize("n_images", [0, 1])
-def test_from_fewer_than_two_images_none_is_split_off(n_images):
+def test_fewer_than_two_images_cannot_be_split(n_images):
     with pytest.raises(ValueError, match="cannot be split"):
         split_off(np.arange(n_images), 0.2, 0)
 
@@ -234,7 +232,7 @@ def test_small_sites_validate_on_all_classes_alike(options):
 
 
 @pytest.mark.parametrize("scheme", PARTITIONS)
-def test_all_sites_together_have_what_each_of_them_has(scheme, options):
+def test_the_rows_of_all_sites_are_the_union_of_each_sites(scheme, options):
     run = options(n_clients=3, partition=scheme)
     sites = [own_rows(site, run) for site in site_names(3)]
     for part, rows in own_rows(None, run).items():
@@ -247,20 +245,20 @@ def test_a_site_has_what_the_partition_gives_it(options):
     assert sorted(own["train"] + own["val"]) == partition(BALANCED, 3, "dirichlet", 5, 0.3)[1].tolist()
 
 
-def test_labels_may_be_of_any_kind_of_integer(options):
+def test_labels_can_have_any_integer_dtype(options):
     expected = own_rows("site-1", options(partition="shards"))
     for kind in (np.uint8, np.int32, list):
         labels, test_labels = (kind(each) if kind is list else each.astype(kind) for each in (BALANCED, BALANCED[::5]))
         assert own_rows("site-1", options(partition="shards"), labels, test_labels) == expected
 
 
-def test_what_one_site_got_may_be_changed_without_harm(options):
+def test_changing_a_sites_rows_does_not_affect_others(options):
     first = split(BALANCED, BALANCED, "site-1", options())
     first["train"][:] = 0
     assert split(BALANCED, BALANCED, "site-1", options())["train"].any()
 
 
-def test_a_thousand_sites_are_split_once(options):
+def test_the_partition_of_a_thousand_sites_is_computed_once(options):
     labels = np.tile(np.arange(10), 5000)
     started = time.process_time()
     for site in site_names(1000):

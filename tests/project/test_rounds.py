@@ -1,4 +1,4 @@
-"""Nothing outlives a round by accident: the same bits whichever process runs a site, at once, in turns, or resumed."""
+"""Nothing outlives a round by accident: the same bits in one process or several, at once or resumed."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_a_site_trains_the_same_in_a_process_of_its_own_and_on_a_host(train, mod
 
 @pytest.mark.parametrize("model", ["LitNet", "LitDropout"])
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedprox"])
-def test_two_halves_are_the_whole_where_the_schedule_knows_of_both(train, model, algorithm):
+def test_two_halves_equal_the_whole_if_the_schedule_spans_both(train, model, algorithm):
     how = ("--model", model, "--algorithm", algorithm)
     whole = train(*how, "--num_rounds", "2")
     first = train(*how, "--num_rounds", "1", "--total_rounds", "2")
@@ -92,7 +92,7 @@ def test_two_halves_are_the_whole_where_the_schedule_knows_of_both(train, model,
     assert [stage["rounds"] for stage in second["stages"]] == [1, 1]
 
 
-def test_a_schedule_that_did_not_know_of_the_second_half_is_stretched_and_that_is_said(train):
+def test_a_schedule_that_did_not_span_the_second_half_is_stretched_with_a_message(train):
     first = train("--model", "LitDropout", "--num_rounds", "1")
     second = train("--resume", first["name"], "--num_rounds", "1")
     assert "a learning-rate schedule spans 2 rounds now, not 1" in second["screen"]

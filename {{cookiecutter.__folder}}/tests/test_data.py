@@ -1,6 +1,6 @@
-"""One site's data: its batches, its order, and that nothing it is judged by is ever trained on.
+"""One site's data: batches, order, and that no validation or test image is ever trained on.
 
-Most tests read images that carry their own number, so that what a loader yields tells which images they are.
+Most tests use images that encode their own number, to recognize them in a batch.
 """
 
 import math
@@ -97,7 +97,7 @@ def test_every_image_comes_with_its_own_label(name, run):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 160, 1000])
-def test_the_last_batch_has_what_is_left(batch_size, run):
+def test_the_last_batch_has_the_remaining_images(batch_size, run):
     module = opened("site-1", run(batch_size=batch_size, partition="none"))
     sizes = [len(labels) for _, labels in module.train_dataloader()]
     assert len(module.train_dataloader()) == len(sizes) == math.ceil(160 / batch_size)
@@ -106,7 +106,7 @@ def test_the_last_batch_has_what_is_left(batch_size, run):
     assert 1 <= sizes[-1] <= batch_size
 
 
-def test_a_batch_may_be_changed_without_harm(run):
+def test_changing_a_batch_does_not_change_the_images(run):
     loader = opened("site-1", run()).val_dataloader()
     before = numbers(loader)
     for images, labels in loader:
@@ -126,44 +126,44 @@ def training_orders(run, site: str = "site-1", round_: int = 0, passes: int = 1)
     return [numbers(loader) for _ in range(passes)]
 
 
-def test_every_pass_yields_every_training_image_once(run):
+def test_each_pass_yields_each_training_image_once(run):
     module = opened("site-1", run())
     loader = module.train_dataloader()
     for _ in range(3):
         assert sorted(numbers(loader)) == module.indices["train"].tolist()
 
 
-def test_passes_differ_in_their_order(run):
+def test_each_pass_has_its_own_order(run):
     first, second = training_orders(run(), passes=2)
     assert first != second
     assert sorted(first) == sorted(second)
 
 
-def test_rounds_differ_in_their_order(run):
+def test_each_round_has_its_own_order(run):
     (first,), (second,) = (training_orders(run(), round_=k) for k in (0, 1))
     assert first != second
     assert sorted(first) == sorted(second)
 
 
-def test_sites_that_hold_the_same_images_differ_in_their_order(run):
+def test_sites_with_the_same_images_have_different_orders(run):
     (first,), (second,) = (training_orders(run(partition="none"), site) for site in ("site-1", "site-2"))
     assert first != second
     assert sorted(first) == sorted(second)
 
 
-def test_another_seed_is_another_order(run):
+def test_another_seed_gives_another_order(run):
     first, second = (opened("site-1", run(seed=seed)) for seed in (0, 1))
     second.parts = first.parts
     assert numbers(first.train_dataloader()) != numbers(second.train_dataloader())
 
 
-def test_seed_site_round_and_pass_tell_the_order_whoever_asks(run):
+def test_the_order_depends_only_on_seed_site_round_and_pass(run):
     assert training_orders(run(seed=5), "site-2", round_=3, passes=2) == training_orders(
         run(seed=5), "site-2", round_=3, passes=2
     )
 
 
-def test_the_key_of_an_order_is_the_same_in_every_process(run):
+def test_the_order_is_the_same_in_every_process(run):
     module = opened("site-1", run(seed=5))
     module.round = 3
     sampler = module.train_dataloader().sampler
@@ -171,7 +171,7 @@ def test_the_key_of_an_order_is_the_same_in_every_process(run):
 
 
 @pytest.mark.parametrize("name", ["val", "test", "predict"])
-def test_images_for_evaluation_keep_their_order(name, run):
+def test_evaluation_images_keep_their_order(name, run):
     module = opened("site-1", run())
     loader = getattr(module, f"{name}_dataloader")()
     first = numbers(loader)
@@ -210,12 +210,12 @@ def test_no_two_sites_share_an_image(scheme, name, run):
 
 
 @pytest.mark.parametrize("scheme", DISJOINT)
-def test_every_test_image_is_some_sites(scheme, run):
+def test_every_test_image_belongs_to_a_site(scheme, run):
     tested = [number for module in modules(run(partition=scheme)) for number in numbers(module.test_dataloader())]
     assert sorted(tested) == list(range(N_TEST))
 
 
-def test_with_none_every_site_has_all_images_and_validates_on_the_same(run):
+def test_with_none_all_sites_have_all_images_and_the_same_validation_split(run):
     every = modules(run(partition="none"))
     assert all([sum(n.values()) for n in module.counts.values()] == [160, 40, N_TEST] for module in every)
     assert len({tuple(numbers(module.val_dataloader())) for module in every}) == 1
@@ -226,7 +226,7 @@ def test_a_fifth_of_a_sites_images_is_for_validation(run):
     assert (len(module.indices["train"]), len(module.indices["val"])) == (160, 40)
 
 
-def test_setting_up_again_changes_nothing(run):
+def test_a_second_setup_changes_nothing(run):
     module = opened("site-1", run())
     before = dict(module.parts)
     for stage in ("fit", "test", None):
@@ -234,7 +234,7 @@ def test_setting_up_again_changes_nothing(run):
     assert all(module.parts[name] is part for name, part in before.items())
 
 
-def test_a_site_tests_on_the_mixture_of_classes_that_it_trains_on(run):
+def test_a_site_is_tested_on_the_class_mixture_that_it_trains_on(run):
     for module in modules(run(partition="shards")):
         trained = labels_of(module.train_dataloader(), module.val_dataloader())
         tested = labels_of(module.test_dataloader())
@@ -244,7 +244,7 @@ def test_a_site_tests_on_the_mixture_of_classes_that_it_trains_on(run):
 
 @pytest.mark.parametrize("scheme", PARTITIONS)
 @pytest.mark.parametrize("name", ["train", "val", "test"])
-def test_pooled_data_is_what_the_sites_have_together(scheme, name, run):
+def test_pooled_data_is_the_union_of_the_sites_data(scheme, name, run):
     pooled = opened(None, run(partition=scheme))
     loader = f"{name}_dataloader"
     together = set().union(*(numbers(getattr(module, loader)()) for module in modules(run(partition=scheme))))
@@ -254,7 +254,7 @@ def test_pooled_data_is_what_the_sites_have_together(scheme, name, run):
 # ---- Lightning and PyTorch
 
 
-def test_a_loader_leaves_torchs_own_random_numbers_alone(run):
+def test_a_loader_does_not_use_torchs_random_numbers(run):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     module = opened("site-1", run())
@@ -263,7 +263,7 @@ def test_a_loader_leaves_torchs_own_random_numbers_alone(run):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_lightning_trainer_predicts_every_test_image_in_its_order(run):
+def test_a_trainer_predicts_all_test_images_in_order(run):
     class Echo(LightningModule):
         def predict_step(self, batch, batch_index):
             return colors(batch[0])[:, 0]

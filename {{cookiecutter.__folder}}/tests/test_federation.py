@@ -1,4 +1,4 @@
-"""One federation, as job.py runs it: two sites on the digits, half a minute."""
+"""One federation, as job.py runs it: two sites, digits, half a minute."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The models: their shapes, what they normalise by, and what they do to a training batch."""
+"""The models: shapes, normalization layers, augmentation, learning-rate schedule."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ MODELS = model_names(Path(models.__file__))
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [28, 32, 40, 64])
-def test_every_model_takes_images_of_any_size(name, size, options):
+def test_every_model_accepts_images_of_any_size(name, size, options):
     model = make_model(options(model_class=name, classes=list("abcdefg"))).eval()
     with torch.inference_mode():
         assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
@@ -28,14 +28,14 @@ def test_the_flag_offers_the_lightning_modules_of_model_py():
     assert [cls.__name__ for cls in defined if issubclass(cls, LightningModule)] == MODELS
 
 
-def test_the_resnet_has_no_statistics_of_batches(options):
+def test_the_resnet_has_no_batch_statistics(options):
     layers = list(LitResNet(10, options()).modules())
     assert not any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in layers)
     assert sum(isinstance(layer, torch.nn.GroupNorm) for layer in layers) == 20  # one for each convolution
     assert not any("running" in name for name in LitResNet(10, options()).state_dict())
 
 
-def test_the_resnet_does_not_shrink_small_images_before_the_first_block(options):
+def test_the_resnet_does_not_downsample_before_the_first_block(options):
     seen = []
     model = LitResNet(10, options()).eval()
     model.get_submodule("model.layer1").register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape))
@@ -44,7 +44,7 @@ def test_the_resnet_does_not_shrink_small_images_before_the_first_block(options)
     assert seen == [(1, 64, 32, 32)]
 
 
-def test_one_seed_gives_the_same_augmentation_and_another_one_does_not():
+def test_the_same_seed_gives_the_same_augmentation():
     x = torch.rand(8, 3, 32, 32)
     drawn = []
     for seed in (0, 0, 1):
@@ -54,7 +54,7 @@ def test_one_seed_gives_the_same_augmentation_and_another_one_does_not():
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_an_augmented_image_is_a_shifted_piece_of_the_padded_one_or_its_mirror_image():
+def test_an_augmented_image_is_a_shifted_and_possibly_flipped_crop():
     torch.manual_seed(0)
     x = torch.rand(32, 3, 12, 12)
     padded = torch.nn.functional.pad(x, (4,) * 4, mode="reflect")
@@ -119,7 +119,7 @@ def test_images_are_augmented_in_training_only(loader, options):
     assert not torch.equal(torch.cat(model.seen), originals.repeat(2, 1, 1, 1))
 
 
-def test_the_learning_rate_falls_along_a_half_cosine_over_all_rounds(loader, options):
+def test_the_learning_rate_follows_a_half_cosine_over_all_rounds(loader, options):
     model = Watched(options(total_rounds=3))
     for model.round in range(3):
         quiet_trainer().fit(model, loader)
@@ -127,12 +127,12 @@ def test_the_learning_rate_falls_along_a_half_cosine_over_all_rounds(loader, opt
     assert model.rates == pytest.approx((0.005 * (1 + torch.cos(torch.pi * steps / 18))).tolist())
 
 
-def test_the_small_model_needs_to_know_of_no_round(options):
+def test_the_small_model_does_not_need_the_round(options):
     images = TensorDataset(torch.rand(4, 3, 16, 16), torch.arange(4) % 2)
     quiet_trainer().fit(LitNet(2, options()), DataLoader(images, batch_size=2))
 
 
-def test_every_site_and_round_has_random_numbers_of_its_own():
+def test_every_site_and_round_has_its_own_seed():
     seeds = {
         training_seed(seed, site, round_) for seed in (0, 1) for site in ("site-1", "site-2") for round_ in range(9)
     }

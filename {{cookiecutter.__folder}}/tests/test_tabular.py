@@ -1,4 +1,4 @@
-"""Other data and another model: tests/tabular/ takes the place of data.py and model.py, and nothing else changes."""
+"""Other data and another model: tests/tabular/ replaces data.py and model.py, and nothing else changes."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ TABULAR = Path(__file__).with_name("tabular")
 
 
 @pytest.mark.federation
-def test_other_data_and_another_model_need_no_other_change(project):
+def test_other_data_and_another_model_need_no_other_changes(project):
     for name in ("data.py", "model.py"):
         shutil.copy(TABULAR / name, project.folder / name)
     project.run("job.py", "--num_rounds", "3", "--name", "table")
@@ -23,7 +23,7 @@ def test_other_data_and_another_model_need_no_other_change(project):
     assert "malignant" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_table_is_standardized_by_a_sites_own_training_rows(options):
+def test_a_table_is_standardized_by_the_sites_own_training_rows(options):
     for module in (SiteDataModule(site, options()) for site in ("site-1", "site-2", None)):
         module.setup()
         rows = torch.cat([batch for batch, _ in module.train_dataloader()])

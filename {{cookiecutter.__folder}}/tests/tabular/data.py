@@ -1,4 +1,4 @@
-"""Other data: scikit-learn's breast-cancer table. Takes the place of data.py in a test; see there for the contract."""
+"""Other data: scikit-learn's breast-cancer table. Replaces data.py in a test; see there for the contract."""
 
 import numpy as np
 import torch

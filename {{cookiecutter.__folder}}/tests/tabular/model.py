@@ -1,4 +1,4 @@
-"""Another model: two dense layers for a table of numbers. Takes the place of model.py in a test."""
+"""Another model: two dense layers for tabular data. Replaces model.py in a test."""
 
 import torch
 import torch.nn as nn
