@@ -70,7 +70,7 @@ class SiteHost(Executor):
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         cohort = shareable.get_header(COHORT)
-        sites = self.sites if cohort is None else sorted(set(cohort) & set(self.sites), key=self.sites.index)
+        sites = [site for site in self.sites if cohort is None or site in cohort]
         if not sites:
             answer = DXO(DataKind.WEIGHTS, data={}).to_shareable()
             answer.set_header(COHORT, [])
