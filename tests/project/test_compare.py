@@ -184,9 +184,12 @@ def test_its_plot_has_no_overlapping_labels(tmp_path, monkeypatch, n_sites):
 
     figures = []
     save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k)
-    )
+
+    def note_and_save(figure, *arguments, **more):
+        figures.append(figure)
+        save(figure, *arguments, **more)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", note_and_save)
     compare.plot(comparison_of(n_sites), tmp_path / "plot.png")
     figures[0].draw_without_rendering()  # with the figure's own resolution again
     (axes,) = figures[0].axes

@@ -8,7 +8,7 @@ MAX_WORST = 10
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}
 
 
-def weighted_mean(values: dict[str, float | None], weights: dict[str, int]) -> float | None:
+def weighted_mean(values: Mapping[str, float | None], weights: Mapping[str, int]) -> float | None:
     """Mean over the sites that have a value; None if no site has one, as for a metric that the model does not log.
 
     Args:
