@@ -1,6 +1,6 @@
 """Mean, quantiles and text form of the sites' metrics."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 MAX_SITES = 8  # with more sites, a page and a plot have quantiles over the sites instead of each site
