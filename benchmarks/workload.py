@@ -93,4 +93,5 @@ class Programs:
         else:
             program = ["textbook.py" if what == "textbook" else "job.py", "--dataset", "image_folder"]
             options += ["--data_root", images, "--num_rounds", rounds, "--name", "run"]
+            options += ["--n_hosts", n_clients]  # a process per client, like the plain loop: timeline.py relies on it
         return [sys.executable, *map(str, program), *map(str, options)]

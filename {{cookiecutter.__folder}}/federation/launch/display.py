@@ -23,9 +23,9 @@ Follow = Callable[[str, list[dict[str, Any]]], None]
 class Process:
     """What a process is doing, according to its progress file: a site, or a host that runs several, one by one."""
 
-    def __init__(self, progress: JsonLines) -> None:
-        self.progress, self.phase = progress, STARTING
-        self.site, self.number, self.sites = "", 1, 1  # the site, and which of those of its task it is
+    def __init__(self, name: str, progress: JsonLines) -> None:
+        self.name, self.progress, self.phase = name, progress, STARTING
+        self.site, self.number, self.sites = name, 1, 1  # the site, and which of those of its task it is
         self.step = self.steps = 0
         self.speed = 0.0
 
@@ -45,7 +45,8 @@ class Process:
         return max(0.0, self.number - 1 + (self.step / self.steps if self.steps else 0.0)) / self.sites
 
     def describe(self) -> str:
-        site = f"{self.site} ({self.number} of {self.sites}): " if self.sites > 1 and self.phase != WAITING else ""
+        is_host = self.site != self.name
+        site = f"{self.site} ({self.number} of {self.sites}): " if is_host and self.phase != WAITING else ""
         if self.phase == TRAINING and self.steps:
             return f"{site}training, step {self.step} of {self.steps}, {self.speed:.1f} steps/s"
         return site + self.phase
@@ -62,7 +63,7 @@ class Overview:
     """
 
     def __init__(self, run: RunFolder, processes: list[str], num_rounds: int, first_round: int = 0) -> None:
-        self.processes = {name: Process(JsonLines(run.progress(name))) for name in processes}
+        self.processes = {name: Process(name, JsonLines(run.progress(name))) for name in processes}
         self.num_rounds, self.first_round = num_rounds, first_round
         self.rounds: list[dict[str, Any]] = []
         self.ends: list[float] = []  # when the sites started working, then when each round ended
@@ -130,8 +131,7 @@ class Overview:
         rows.expand, rows.columns[-1].ratio = True, 1  # the last column takes the remaining width
         if len(self.processes) <= MAX_ROWS:
             for name, process in self.processes.items():
-                is_site = process.site in ("", name)
-                rows.add_row(name, self.accuracy(name) if is_site else "", process.describe())
+                rows.add_row(name, self.accuracy(name) if process.site == name else "", process.describe())
         else:
             for phase in PHASES:
                 if names := [name for name, process in self.processes.items() if process.phase == phase]:
