@@ -289,7 +289,7 @@ class TestInTheMiddleOfARound:
     ):
         project = Project(tmp_path / "project")
         project.replace(
-            "federation/server/heartbeat.py", "SILENCE_S = 60.0", "SILENCE_S = 8.0"
+            "federation/server/heartbeat.py", "LOST_AFTER_S = 60.0", "LOST_AFTER_S = 8.0"
         )  # to keep the test short
         process = self.submit(federation, project)
         federation.kill("south")

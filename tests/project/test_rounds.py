@@ -95,7 +95,7 @@ def test_two_halves_equal_the_whole_if_the_schedule_spans_both(train, model, alg
 def test_a_schedule_that_did_not_span_the_second_half_is_stretched_with_a_message(train):
     first = train("--model", "LitDropout", "--num_rounds", "1")
     second = train("--resume", first["name"], "--num_rounds", "1")
-    assert "a learning-rate schedule spans 2 rounds now, not 1" in second["screen"]
+    assert "a learning-rate schedule now spans 2 rounds, not 1" in second["screen"]
     assert second["sha256"] != train("--model", "LitDropout", "--algorithm", "fedavg", "--num_rounds", "2")["sha256"]
 
 
