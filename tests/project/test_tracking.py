@@ -229,7 +229,7 @@ class TestWithTensorBoard:
 
     def test_two_sites_and_three_rounds_print_at_most_25_lines(self, project):
         assert project.errors == ""
-        assert len(project.done.stdout.splitlines()) <= 25
+        assert len(project.screen.splitlines()) <= 25
 
 
 @pytest.mark.slow
