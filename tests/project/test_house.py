@@ -9,7 +9,7 @@ import pytest
 
 from programs import PROJECT, Project
 
-SHARED = {"protocol", "exchange", "sums", "errors"}  # the files of federation/ that travel beside site/ and server/
+SHARED = {"protocol", "exchange", "sums", "errors"}  # files of federation/ that travel along with site/ and server/
 
 
 def imports(path) -> set[str]:
