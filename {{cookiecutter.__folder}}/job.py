@@ -75,7 +75,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     from federation.launch import display, machine, recipes, simulator, tracking
     from federation.launch.nvflare_log import root_cause
     from federation.run import outcome, schema
-    from federation.site.partition import hosts
+    from federation.site.partition import hosts, site_names
 
     torch.set_num_threads(1)  # this process and the server do little: leave the cores to the clients
     has_gpu = torch.cuda.is_available()
@@ -83,7 +83,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
         print("A GPU is available but not used: turn it on with --gpu")
     if options.gpu and not has_gpu:
         print("WARNING: --gpu was given, but no CUDA GPU is available: training on the CPU")
-    if options.env != "prod":
+    if options.simulated:
         options.threads, options.n_hosts = machine.n_threads(options.n_clients), machine.n_hosts(options)
     try:
         write_json(run.partition, dataclasses.asdict(distribution))
@@ -105,7 +105,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
         from federation.launch.poc import run_poc as launch
     elif options.env == "prod":
         from federation.launch.prod import submit as launch
-    sites = options.site_names or list(distribution.sites)
+    sites = site_names(options.n_clients) if options.simulated else options.site_names
     clients = [] if options.env == "prod" else list(hosts(options))
     try:
         with display.follow(run, clients, options.num_rounds, options.verbose, start.first_round) as follow:

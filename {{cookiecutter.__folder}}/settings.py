@@ -87,7 +87,9 @@ class Options:
     n_clients: int = simulation({{ cookiecutter.num_clients | int }}, "number of sites", least=1, resume=FIXED)
     n_hosts: int | None = simulation(None, "processes that run the sites  [cores; POC: sites]", least=1)
     threads: int | None = simulation(None, "PyTorch threads per site; None: each site decides", flag=None)
+    host_names: list[str] = simulation([], "names of the processes; none: host-1, ...", flag=None)
 
+    simulate: bool = sites(False, "the real sites run --n_clients simulated ones")
     startup_kit: str | None = sites(None, "submitter's startup kit", metavar="DIR", local=True)
     username: str | None = sites(None, "submitter's name  [the kit's]", local=True)
     site_names: list[str] = sites([], "comma-separated names  [those in deploy/project.yml]", flag="sites", local=True)
@@ -119,6 +121,11 @@ class Options:
         if options.env == "prod":
             options.data_root = os.environ.get("FL_DATA_ROOT")
         return options
+
+    @property
+    def simulated(self) -> bool:
+        """Whether sites are simulated: `n_clients` parts of one data set, not real sites with their own images."""
+        return self.env != "prod" or self.simulate
 
     def of_run(self) -> dict[str, Any]:
         """The options that travel with the job and appear in results.json."""

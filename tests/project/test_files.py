@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from federation.errors import UserError
-from federation.launch.nvflare_log import dead_client, failed_sites, has_stopped, root_cause
+from federation.launch.nvflare_log import failed_sites, has_stopped, root_cause
 from federation.protocol import PROGRESS, ROUNDS, JsonLines, append_json, read_json_lines, save_tensors, write_json
 from federation.run import timing
 from federation.run.folder import RunFolder
@@ -215,14 +215,9 @@ class TestNVFlaresLog:
         write("server", FAULT.format(second=0, site="server", error="federation.errors.RunError: not finite"))
         assert root_cause(tmp_path) == ""
 
-    def test_names_a_client_that_died(self, tmp_path, write):
-        assert dead_client(tmp_path / "none.txt") is None
-        assert dead_client(write("server", "nothing\n")) is None
-        assert dead_client(write("server", "ERROR - Subprocess died for client site-2, exit code: 1\n")) == "site-2"
-
     def test_shows_when_the_server_has_stopped(self, write):
         assert not has_stopped(write("server", "a line\n" * 10_000))
-        assert has_stopped(write("server", "a line\n" * 10_000 + "Server app stopped.\n" + "a line\n" * 100))
+        assert has_stopped(write("server", "a line\n" * 10_000 + "Server runner finished.\n" + "a line\n" * 100))
 
     def test_names_real_sites_that_failed_or_were_lost(self, write):
         lost = "Client south is deemed disconnected!\nClient north is deemed disconnected!\n"

@@ -27,15 +27,20 @@ REFUSED = {
     "a cohort of more sites": (["--sites_per_round", "3"], "--sites_per_round is 3, but there are only 2 sites"),
     "an evaluation by more sites": (["--evaluate_sites", "3"], "--evaluate_sites is 3, but there are only 2 sites"),
     "no host": (["--n_hosts", "0"], "Invalid value for '--n_hosts': 0 is not in the range x>=1"),
-    "hosts of real sites": (["--env", "prod", "--n_hosts", "1", "--export", "x"], "--n_hosts is for simulated sites"),
+    "hosts of real sites": (["--env", "prod", "--n_hosts", "1", "--export", "x"], "--n_hosts is for a simulation"),
     "debugging a site that does not exist": (
         ["--debug", "site-3"],
         "--debug is 'site-3': the sites are site-1 to site-2",
     ),
     "debugging a real site": (
         ["--env", "prod", "--debug", "site-1", "--export", "x"],
-        "--debug is for simulated sites",
+        "--debug is for a simulation on this machine",
     ),
+    "fewer simulated sites than real ones that run them": (
+        ["--env", "prod", "--simulate", "--sites", "a,b,c", "--export", "x"],
+        "--n_clients is 2, but 3 real sites run them",
+    ),
+    "simulated sites of real sites without --env prod": (["--simulate"], "--simulate is for real sites"),
 }
 
 
@@ -61,6 +66,8 @@ def test_every_site_has_one_host(options):
             "site-2": ["site-2"],
         }
     )
+    own = options(n_clients=3, n_hosts=2, host_names=["north", "south"])
+    assert hosts(own) == {"north": ["site-1", "site-3"], "south": ["site-2"]}
 
 
 class TestCohorts:
@@ -207,6 +214,8 @@ def test_a_cohort_trains_in_each_round_and_a_sample_evaluates_the_final_model(si
     assert sorted(run.result["test"]["sites"]) == sorted(draw(names, 5, seed=0, round_=None))
     assert [entry["missing"] for entry in rounds] == [[]] * 4
     assert run.result["lost"] == []
+    log = (run.folder / "log.txt").read_text()
+    assert "--- train new model ---" in log and "--- test new model ---" not in log  # too many sites to look at each
     trained = [r for r in read_json_lines(run.folder / "audit.jsonl") if r["task"] == "train"]
     assert sorted(site for record in trained if record["round"] == 1 for site in record["sites"]) == cohorts[1]
     other = simulations(*COHORT_FLAGS, "--algorithm", algorithm, "--n_hosts", "3").result

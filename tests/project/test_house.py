@@ -47,7 +47,7 @@ def test_no_folder_is_a_package_because_nvflare_would_not_send_it():
 def test_no_module_writes_environment_variables():
     writes = re.compile(r"os\.environ(\[[^]]+\] *=[^=]|\.(setdefault|update|pop|clear)\()|os\.putenv")
     found = {path.name for path in PROJECT.rglob("*.py") if writes.search(path.read_text(encoding="utf-8"))}
-    allowed = {"fork_server.py", "simulator.py"}  # at the start of a process, to be what its parent asked for
+    allowed = {"simulator.py"}  # at the start of a process, to be what its parent asked for
     assert {name for name in found if not name.startswith("test_")} <= allowed
 
 

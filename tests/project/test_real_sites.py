@@ -250,6 +250,20 @@ def test_a_seeded_cohort_of_the_connected_sites_trains_in_each_round(finished, f
     assert result["lost"] == []
 
 
+def test_real_sites_can_run_simulated_ones_with_the_same_bits_as_one_machine(finished, federation, project):
+    flags = ("--dataset", "digits", "--partition", "dirichlet", "--n_clients", "10", "--sites_per_round", "8")
+    here = project.run("job.py", *flags, "--num_rounds", "2", "--name", "here")
+    assert here.returncode == 0, here.stderr + here.stdout
+    own = federation.job("--name", "spread", "--simulate", *flags)
+    place = own.index("--classes")  # of the real sites' images
+    run = project.run(*own[:place], *own[place + 2 :])
+    assert run.returncode == 0, run.stderr + run.stdout
+    assert "3 processes run the sites, one after the other" in run.stdout
+    one, spread = (json.loads((project.folder / "runs" / n / "results.json").read_text()) for n in ("here", "spread"))
+    assert spread["sha256"] == one["sha256"]
+    assert spread["rounds"] == one["rounds"] and spread["test"] == one["test"]
+
+
 def test_a_site_that_does_not_connect_is_named_after_the_timeout(finished, federation, project):
     run = project.run(*federation.job("--name", "nobody", "--wait", "3", sites=["east", "west"]))
     assert run.returncode == 1

@@ -39,14 +39,8 @@ def started_rounds(text: str) -> list[int]:
 
 
 def has_stopped(server_log: Path) -> bool:
-    """Whether the server's workflows have ended. After that, NVFlare's simulator only waits, for 4 s."""
-    return "Server app stopped" in _text(server_log)
-
-
-def dead_client(error_log: Path) -> str | None:
-    """A simulated client whose process is gone. NVFlare's server logs it, then waits forever."""
-    found = re.search(r"(?:Subprocess died for|Communication error with) client ([^\s:,]+)", _text(error_log))
-    return found[1] if found else None
+    """Whether the server's workflows have ended and its components know. After that, NVFlare's simulator only waits."""
+    return "Server runner finished" in _text(server_log)
 
 
 def failed_sites(server_log: Path) -> str:

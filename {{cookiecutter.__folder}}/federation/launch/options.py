@@ -144,11 +144,9 @@ def _check(options: Options, given: set[str], start: Start) -> None:
         reason = "NVFlare does not run in paths with spaces, quotes, \\ or #"
         raise UserError(f"{reason}: move the project out of {str(PROJECT)!r}")
     own_roots = "{site}" in (options.data_root or "")
-    if options.env == "prod" or own_roots:  # each site has its own images
+    if not options.simulated or own_roots:  # each site has its own images
         if "partition" in given and options.partition != "none":
-            why = (
-                "real sites have their own: use none" if options.env == "prod" else "with {site}, each site has its own"
-            )
+            why = "with {site}, each site has its own" if own_roots else "real sites have their own: use none"
             raise UserError(f"--partition {options.partition} splits one data set, but {why}")
         options.partition = "none"
     _check_environment(options, given)
@@ -184,8 +182,12 @@ def _check_numbers(options: Options, given: set[str]) -> None:
     """Reject more hosts or sites than there are; in settings.py or inherited, such a number means all."""
     if options.env == "prod" and {"n_hosts", "debug"} & given:
         flag = FLAGS["n_hosts" if "n_hosts" in given else "debug"]
-        raise UserError(f"{flag} is for simulated sites: remove it, or --env prod")
-    options.n_hosts = None if options.env == "prod" else options.n_hosts
+        raise UserError(f"{flag} is for a simulation on this machine: remove it, or --env prod")
+    if options.env == "prod":
+        options.host_names = options.site_names if options.simulate else []
+        options.n_hosts = len(options.host_names) or None
+        if len(options.host_names) > options.n_clients:
+            raise UserError(f"--n_clients is {options.n_clients}, but {len(options.host_names)} real sites run them")
     for name in ("n_hosts", "sites_per_round", "evaluate_sites"):
         if (value := getattr(options, name)) and value > options.n_clients:
             if name in given:
@@ -215,7 +217,8 @@ def _check_environment(options: Options, given: set[str]) -> None:
         raise UserError(f"--sites has the name {invalid[0]!r}: expected names separated by commas, without spaces")
     if len(set(names)) < len(names):
         raise UserError(f"--sites names {max(names, key=names.count)} twice")
-    options.n_clients = len(names)
+    if not options.simulate:
+        options.n_clients = len(names)
     if options.dataset == "image_folder" and not options.classes_file:
         raise UserError("--classes FILE is missing: a file with one class per line, named like the sites' folders")
     if options.classes_file and not Path(options.classes_file).is_file():

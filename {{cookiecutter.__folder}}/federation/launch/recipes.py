@@ -23,11 +23,12 @@ from federation.server.cohort import Cohort
 from federation.server.evaluation import FinalEvaluation
 from federation.server.heartbeat import DEAD_CLIENT_TIMING, HeartbeatMonitor
 from federation.site.host import SiteHost
-from federation.site.partition import hosts
+from federation.site.partition import hosts, site_names
 from settings import Options
 from trainer import make_model
 
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
+TASK_CHECK_S = 0.05  # how often the server checks whether a round is over; NVFlare's default is 0.5
 
 
 def build(options: Options, distribution: Distribution, start: Start, run: RunFolder) -> Recipe:
@@ -61,11 +62,13 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
         server.components.pop(replaced, None)
     controller = server.workflows[0].controller
     vars(controller)["_start_round" if hasattr(controller, "_start_round") else "start_round"] = start.first_round
+    vars(controller)["_task_check_period"] = TASK_CHECK_S
     recipe.add_client_file(str(run.bundle))
     _app(recipe, ALL_SITES).executors = []
     recipe._job.to_clients(SiteHost(), tasks=["*"])
     recipe.add_server_config({"server": {"task_request_interval": TASK_INTERVAL_S}})
-    hosted, sampled = len(hosts(options)) < options.n_clients, options.sites_per_round is not None
+    hosted = any(sites != [host] for host, sites in hosts(options).items())
+    sampled = options.sites_per_round is not None
     evaluation = FinalEvaluation(options.evaluate_sites or options.n_clients, hosted, sampled)
     recipe._job.to_server(evaluation, id="final_evaluation")  # there is no public method
     images = {site: {part: len(own) for part, own in parts.items()} for site, parts in distribution.sites.items()}
@@ -74,7 +77,8 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
     recipe._job.to_server(AuditLog(hosted), id="audit_log")
     sizes = {AppConstants.TASK_TRAIN: options.sites_per_round, AppConstants.TASK_VALIDATION: options.evaluate_sites}
     if sizes := {task: size for task, size in sizes.items() if size}:
-        recipe._job.to_server(Cohort(options.seed, sizes, list(images) or None), id="cohort")
+        names = site_names(options.n_clients) if options.simulated else None
+        recipe._job.to_server(Cohort(options.seed, sizes, names), id="cohort")
     if options.env != "sim":  # there, simulator.py notices a process that is gone
         recipe.add_server_config(DEAD_CLIENT_TIMING)
         recipe._job.to_server(HeartbeatMonitor(options.site_timeout), id="heartbeat_monitor")
@@ -84,7 +88,7 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
 def notes(options: Options, run: RunFolder) -> list[str]:
     """Messages for the user: who takes part, in how many processes, and what SCAFFOLD keeps on disk."""
     found, n_hosts = [], len(hosts(options))
-    if options.env != "prod" and n_hosts < options.n_clients:
+    if options.simulated and n_hosts < options.n_clients:
         found.append(f"{n_hosts} {'process runs' if n_hosts == 1 else 'processes run'} the sites, one after the other")
     if options.sites_per_round:
         found.append(f"each round trains {options.sites_per_round} random sites of {options.n_clients}")

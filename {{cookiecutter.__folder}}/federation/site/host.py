@@ -61,7 +61,7 @@ class SiteHost(Executor):
             self.folder = Path(fl_ctx.get_engine().get_workspace().get_log_root(fl_ctx.get_job_id()))
             announce(self.folder / PROGRESS, STARTING)
             options, name = Options.of_job(), fl_ctx.get_identity_name()
-            self.sites = hosts(options).get(name, [name]) if options.env != "prod" else [name]
+            self.sites = hosts(options).get(name, [name]) if options.simulated else [name]
             self.is_host = self.sites != [name]
             self.check = SiteCheck(options.algorithm, options.classes)
             self.send_difference = options.algorithm == "fedopt"

@@ -26,12 +26,13 @@ def hosts(options: Options) -> dict[str, list[str]]:
     """Host -> the simulated sites that it runs. A host is a process, NVFlare's client; with one site, it has its name.
 
     Args:
-        options: `n_clients` and `n_hosts` are used; without `n_hosts`, each site has a process of its own.
+        options: `n_clients`, `n_hosts` and `host_names` are used; without `n_hosts`, each site has its own process.
     """
     names, n_hosts = site_names(options.n_clients), options.n_hosts or options.n_clients
-    if n_hosts == len(names):
+    if n_hosts == len(names) and not options.host_names:
         return {name: [name] for name in names}
-    return {f"host-{i + 1}": names[i::n_hosts] for i in range(n_hosts)}
+    host_names = options.host_names or [f"host-{i + 1}" for i in range(n_hosts)]
+    return {host: names[i::n_hosts] for i, host in enumerate(host_names)}
 
 
 def split(

@@ -1,11 +1,16 @@
-"""Import torchmetrics, and with it Lightning, in two thirds of the time. Must be imported before Lightning.
+"""Import Lightning in two thirds of the time, and create its Trainers in half of it. Must be imported before Lightning.
 
 If torchvision and scipy are installed, torchmetrics imports them for image and audio metrics that this project does not
 use, which takes 2 s of 7 in every process. This module makes it believe that they are not installed. If your model uses
 such metrics (LPIPS, mean average precision, ...), remove all imports of this module.
+
+For each new Trainer, Lightning reads the entry points of every installed package, in search of callbacks, and the
+Trainer's own signature. A simulation creates a Trainer for each task of each site: here, both are read once.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError
 from unittest.mock import patch
 
@@ -25,4 +30,8 @@ def _package_available(name: str, real: Callable[[str], bool] = imports.package_
 
 
 with patch.multiple(imports, _version=_version, package_available=_package_available):
-    import torchmetrics  # noqa: F401
+    from lightning_fabric.utilities import registry
+    from pytorch_lightning import Trainer
+
+registry.entry_points = cache(registry.entry_points)  # type: ignore[assignment,attr-defined]
+Trainer.__signature__ = inspect.signature(Trainer)  # type: ignore[attr-defined]
