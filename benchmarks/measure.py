@@ -4,7 +4,6 @@ import contextlib
 import os
 import platform
 import resource
-import signal
 import subprocess
 import threading
 import time
@@ -84,7 +83,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str], log: Path
             code: int | None = process.wait(timeout)
         except BaseException as error:
             sampler.sample()  # whom to end
-            process.send_signal(signal.SIGINT)  # job.py, Ray and torchrun end their processes
+            process.terminate()  # job.py, Ray and torchrun end their processes
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,8 @@ import time
 import venv
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 import measure
 import tables
@@ -72,7 +75,6 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace):
         self.quick = options.quick
-        BUILD.mkdir(parents=True, exist_ok=True)
         per_class = {"train": 100, "test": 20} if self.quick else {"train": 5000, "test": 1000}
         if self.quick or not options.data_root:
             self.images = generate(BUILD / f"generated-{per_class['train']}", per_class)
@@ -171,6 +173,20 @@ class Benchmark:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left behind
+    BUILD.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(BUILD / "lock", timeout=0):
+            return measure_all(options)
+    except KeyboardInterrupt:
+        print("peers.py: interrupted: the same command resumes", file=sys.stderr)
+        return 130
+    except Timeout:
+        print(f"peers.py: another one is running in {BUILD}: wait for its end", file=sys.stderr)
+        return 2
+
+
+def measure_all(options: argparse.Namespace) -> int:
     benchmark = Benchmark(options)
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "peers.json"

@@ -88,7 +88,7 @@ def test_a_program_that_fails_is_reported_with_its_output(tmp_path):
 
 
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
-    child = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.pause()"
+    child = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
     hang = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}])"
     hang += "; print(child.pid, flush=True); import signal; signal.pause()"
     with pytest.raises(measure.ProgramFailed, match="not over after 2 s"):

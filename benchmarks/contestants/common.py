@@ -37,11 +37,17 @@ def arrays(part: str) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(np.load(STORE / f"{name}-images.npy", mmap_mode="r")), np.load(STORE / f"{name}-labels.npy")
 
 
+@cache
+def rows_of(site: int) -> dict[str, np.ndarray]:
+    """The rows of a site's images, from 0, of `train`, `val` and `test`, as in the project."""
+    return split(arrays("train")[1], arrays("test")[1], f"site-{site + 1}", OPTIONS)
+
+
 class Batches:
-    """A site's images, from 0, of `train`, `val` or `test`, a whole batch at a time. Shuffles `train`, by the round."""
+    """A site's images of `train`, `val` or `test`, a whole batch at a time. Shuffles `train`, by the round."""
 
     def __init__(self, site: int, part: str, round_: int = 0):
-        rows = split(arrays("train")[1], arrays("test")[1], f"site-{site + 1}", OPTIONS)[part]
+        rows = rows_of(site)[part]
         if part == "train":
             rows = np.random.default_rng((OPTIONS.seed, site, round_)).permutation(rows)
         self.part, self.rows = part, rows

@@ -45,10 +45,9 @@ class User(Dataset):
     def __init__(self, site: int, part: str):
         super().__init__(raw_data=(), user_id=str(site))
         self.site, self.part, self.passes = site, part, 0
-        self.n_images = Batches(site, part).n_images
 
     def __len__(self) -> int:
-        return self.n_images
+        return len(common.rows_of(self.site)[self.part])
 
     def iter(self, batch_size: int | None) -> Iterable[Any]:
         self.passes += 1
@@ -57,8 +56,10 @@ class User(Dataset):
 
 def users(part: str) -> FederatedDataset:
     made = {site: User(site, part) for site in range(N_SITES)}  # kept, so that each pass is shuffled differently
-    order = [site for site in np.random.permutation(N_SITES).tolist() if len(made[site])]
-    return FederatedDataset(made.__getitem__, get_user_sampler("minimize_reuse", order))
+    sizes = {site: len(made[site]) for site in np.random.permutation(N_SITES).tolist() if len(made[site])}
+    # With the sizes, pfl gives each worker the same number of images, for which it starts processes.
+    balance = sizes if part == "train" and OPTIONS.partition == "dirichlet" else None
+    return FederatedDataset(made.__getitem__, get_user_sampler("minimize_reuse", [*sizes]), balance)
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def main() -> None:
     last = CentralContext(
         current_central_iteration=rounds,
         do_evaluation=True,
-        cohort_size=min(EVALUATORS, sum(1 for site in range(N_SITES) if Batches(site, "test").n_images)),
+        cohort_size=min(EVALUATORS, sum(1 for site in range(N_SITES) if len(common.rows_of(site)["test"]))),
         population=Population.VAL,
         model_train_params=train_params,
         model_eval_params=evaluate_params,
