@@ -101,7 +101,7 @@ class Benchmark:
         options = {"learning_rate": LEARNING_RATE, "num_rounds": 2, "seed": repeat, **WORKS[work].options}
         if sites := contestant.partition(":")[2]:
             options["n_clients"] = int(sites)
-        if CONTESTANTS[contestant].sample and options["n_clients"] > SAMPLE:
+        if CONTESTANTS[contestant].is_sample and options["n_clients"] > SAMPLE:
             options["n_clients"] //= SAMPLE
         if self.quick:
             for name in {"n_clients", "sites_per_round", "evaluate_sites"} & options.keys():
@@ -112,7 +112,7 @@ class Benchmark:
     def run(self, work: str, name: str, repeat: int) -> dict[str, Any]:
         """Run a contestant once. Returns its record for peers.json, with `error` if it failed."""
         contestant, options = CONTESTANTS[name], self.options(work, name, repeat)
-        images = self.sample if contestant.sample else self.images
+        images = self.sample if contestant.is_sample else self.images
         scratch = BUILD / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -199,7 +199,7 @@ def measure_all(options: argparse.Namespace) -> int:
         for repeat in range(options.repeats):
             for name in WORKS[work].contestants:
                 done = [run for run in runs if (run["contestant"], run["repeat"]) == (name, repeat)]
-                if name not in options.only or (repeat and CONTESTANTS[name].sample):
+                if name not in options.only or (repeat and CONTESTANTS[name].is_sample):
                     continue
                 if done and "error" not in done[0]:
                     continue

@@ -11,19 +11,18 @@ from typing import Any
 class Contestant:
     """Who does the work.
 
-    `name`: in the tables; `does`: what it does more or less than the others; `program`: a file of contestants/, the
-    project's job.py if empty; `environment`: of peers.REQUIREMENTS, ours if empty; `task`: what common.WORK gets;
-    `is_distributed`: torchrun starts one worker per core; `sample`: slow, so it runs once, on a tenth of the images and
-    of the sites (not below two).
+    `name`: in the tables; `program`: a file of contestants/, the project's job.py if empty; `environment`: one of
+    peers.REQUIREMENTS, ours if empty; `task`: what common.WORK gets; `is_distributed`: torchrun starts one worker per
+    core; `is_sample`: slow, so it runs once, on a tenth of the images, and on a tenth of the sites if there are more
+    than ten.
     """
 
     name: str
-    does: str
     program: str = ""
     environment: str = ""
     task: dict[str, Any] = field(default_factory=dict)
     is_distributed: bool = False
-    sample: bool = False
+    is_sample: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,54 +45,24 @@ class Work:
     targets: tuple[Target, ...]
 
 
-EVERY_ROUND = "each site validates, tests and predicts in each round, validates and tests the final model"
-CONTESTANTS = {
-    "ours": Contestant("this project", f"Lightning; {EVERY_ROUND}; server, messages, audit log, results"),
-    "plain": Contestant("plain loop", f"no Lightning, no server; one process per core; {EVERY_ROUND}", "plain.py"),
-    "flower": Contestant(
-        "Flower",
-        "Lightning; each site validates in each round; evaluating sites test after each round; server, messages, Ray",
-        "flower_app.py",
-        "flower",
-    ),
-    "flower-lean": Contestant(
-        "Flower, least",
-        "no Lightning; evaluating sites test the final model only; server, messages, Ray",
-        "flower_app.py",
-        "flower",
-        {"lean": True},
-    ),
-    "pfl": Contestant(
-        "pfl-research, a worker per core",
-        "no Lightning, no server; evaluating sites test the final model only",
-        "pfl_loop.py",
-        "pfl",
-        {"threads": 1},
-        is_distributed=True,
-    ),
-    "pfl-threads": Contestant(
-        "pfl-research, two threads", "the same in one process", "pfl_loop.py", "pfl", {"threads": 2}
-    ),
-    "pfl-single": Contestant(
-        "pfl-research, one thread", "the same in one process", "pfl_loop.py", "pfl", {"threads": 1}
-    ),
-    "nvflare": Contestant(
-        "NVFlare's simulator",
-        "Lightning; one process per site; each site validates, tests and predicts in each round; the job tests the "
-        "final model; server, messages",
-        "nvflare_job.py",
-        sample=True,
-    ),
+CONTESTANTS = {  # README.md tells what each does more or less than the others
+    "ours": Contestant("this project"),
+    "plain": Contestant("plain loop", "plain.py"),
+    "flower": Contestant("Flower", "flower_app.py", "flower"),
+    "flower-lean": Contestant("Flower, least", "flower_app.py", "flower", {"lean": True}),
+    "pfl": Contestant("pfl-research, a worker per core", "pfl_loop.py", "pfl", {"threads": 1}, is_distributed=True),
+    "pfl-threads": Contestant("pfl-research, two threads", "pfl_loop.py", "pfl", {"threads": 2}),
+    "pfl-single": Contestant("pfl-research, one thread", "pfl_loop.py", "pfl", {"threads": 1}),
+    "nvflare": Contestant("NVFlare's simulator", "nvflare_job.py", is_sample=True),
     "hello-lightning": Contestant(
         "NVFlare's simulator, images as in hello-lightning",
-        "the same; images transformed one by one, small batches for evaluation, PyTorch's default threads",
         "nvflare_job.py",
         task={"as_published": True},
-        sample=True,
+        is_sample=True,
     ),
-    "ours:5": Contestant("this project, 5 sites", ""),
-    "ours:500": Contestant("this project, 500 sites", ""),
-    "imports": Contestant("importing the same modules", "no work"),
+    "ours:5": Contestant("this project, 5 sites"),
+    "ours:500": Contestant("this project, 500 sites"),
+    "imports": Contestant("importing the same modules"),
 }
 PEERS = ("flower", "flower-lean", "pfl", "pfl-threads", "pfl-single")
 WORKS = {
@@ -181,7 +150,7 @@ def judge(results: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    text = "# Peers\n\nMeasured by `benchmarks/peers.py`; [how to read it](../README.md).\n"
+    text = "# Peers\n\nMeasured by `make bench`; [what each contestant does, how to read it](../README.md).\n"
     if judged := judge(results):
         text += "\n" + table(["work", "what", "median (minimum to maximum)", "target", ""], judged)
     for work, found in results.items():
@@ -203,22 +172,20 @@ def markdown(results: dict[str, Any]) -> str:
             walls = [run["wall_s"] for run in done]
             accuracies = [run["accuracy"] for run in done if "accuracy" in run]
             row = [
-                contestant.name + (" (a tenth of the work)" if contestant.sample else ""),
+                contestant.name + (" (a tenth of the work)" if contestant.is_sample else ""),
                 spread(walls, " s"),
                 spread([run["cpu_s"] for run in done], " s", 0),
                 spread([run["peak_pss"] for run in done], " GB", 2, 1e-9),
                 spread(accuracies, "", 3) if accuracies else "-",
                 f"{len(done)}" + (f", {failed} failed" if failed else ""),
             ]
-            (samples if contestant.sample else rows).append(row)
+            (samples if contestant.is_sample else rows).append(row)
         text += table(["", "wall time", "CPU time", "peak memory (PSS)", "test accuracy", "runs"], rows + samples)
         text += f"\n{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; "
         text += f"Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, nvflare "
         text += f"{machine['nvflare']}, {', '.join(setting['peers'].values())}; {runs[-1]['date']}. Images: "
         text += f"{setting['images']}. Load average before the runs: {min(loads)} to {max(loads)}.\n"
-    text += "\n## What each does\n\n"
-    shown = [each for each in CONTESTANTS.values() if each.does]
-    return text + table(["", "more or less than the others"], [[each.name, each.does] for each in shown])
+    return text
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
