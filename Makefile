@@ -35,11 +35,11 @@ types: .venv/ready  ## mypy on the template and a rendered project
 	cd build/fl-types && ../../$(BIN)/python -m mypy
 	cd build/fl-types && MYPYPATH=../../tests:../../tests/project ../../$(BIN)/python -m mypy $(TESTS_MAY) ../../tests/project
 
-bench: .venv/ready  ## measure speed; BENCH="--data DIR" uses your images
-	$(BIN)/python benchmarks/speed.py $(BENCH)
+bench: .venv/ready  ## compare with peers; BENCH="--data_root DIR" uses your images
+	$(BIN)/python benchmarks/peers.py $(BENCH)
 
-bench-quick: .venv/ready  ## the same on a few images, to see that the benchmark works
-	$(BIN)/python benchmarks/speed.py --quick $(BENCH)
+bench-quick: .venv/ready  ## the same on a few images, to see that it works
+	$(BIN)/python benchmarks/peers.py --quick --repeats 1 $(BENCH)
 
 .venv/ready: requirements-dev.txt $(PROJECT)/requirements.txt $(PROJECT)/requirements-dev.txt
 	$(PYTHON) "$(PROJECT)/install.py" --no-gpu --venv .venv \

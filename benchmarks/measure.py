@@ -1,97 +1,105 @@
-"""Run a program and measure it from outside: wall time, and the memory of its processes."""
+"""Run a program and measure it from outside: wall time, CPU time, and memory of its process tree."""
 
+import contextlib
 import os
 import platform
+import resource
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-SAMPLE_S = 2.0  # between two memory samples: each costs the program about 10 ms per process
+SAMPLE_S = 1.0  # between two samples: each costs about 10 ms per process
 
 
 class ProgramFailed(Exception):
-    """The program did not end with the expected exit code."""
+    """The program did not end with exit code 0, or not in time."""
 
 
-def run(
-    command: list[str],
-    folder: Path,
-    environment: dict[str, str] | None = None,
-    code: int = 0,
-    sampler: Callable[[psutil.Process], None] | None = None,
-) -> tuple[float, float]:
-    """Run a program to its end. Returns (start, end) in seconds since 1970.
+class Sampler(threading.Thread):
+    """Samples a process tree until it is stopped.
+
+    `peak_pss`: bytes. PSS divides shared pages between their processes; only Linux has it, elsewhere it is USS, memory
+    that no other process shares. `cpu`: process ID -> its CPU seconds.
+    """
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.root, self.over, self.peak_pss = psutil.Process(pid), threading.Event(), 0
+        self.cpu: dict[int, float] = {}
+        self.seen: dict[int, psutil.Process] = {}
+
+    def run(self) -> None:
+        while not self.over.wait(SAMPLE_S):
+            self.sample()
+
+    def sample(self) -> None:
+        total = 0
+        with contextlib.suppress(psutil.Error):  # a process has just ended: wait for the next sample
+            for one in [self.root, *self.root.children(recursive=True)]:
+                self.seen.setdefault(one.pid, one)
+                memory, times = one.memory_full_info(), one.cpu_times()
+                total += getattr(memory, "pss", memory.uss)
+                self.cpu[one.pid] = times.user + times.system
+            self.peak_pss = max(self.peak_pss, total)
+
+    def stop(self) -> None:
+        """Also ends the processes that the program has left behind."""
+        self.over.set()
+        self.join()
+        # is_running() compares the start time: never another process with the same number
+        left = [one for one in self.seen.values() if one != self.root and one.is_running()]
+        for one in left:
+            one.kill()
+        psutil.wait_procs(left, timeout=10)
+
+
+def run(command: list[str], folder: Path, environment: dict[str, str], log: Path, timeout: float) -> dict[str, float]:
+    """Run a program to its end.
 
     Args:
-        code: the expected exit code.
-        sampler: called with its psutil.Process every SAMPLE_S seconds.
+        log: file for its output.
+        timeout: seconds.
+
+    Returns:
+        `wall_s`; `cpu_s`, at least: short-lived processes that nobody waited for are missing; `peak_pss` in bytes, 0 if
+        it was over before the first sample.
 
     Raises:
-        ProgramFailed: a different exit code; the message has the end of its output.
+        ProgramFailed: the message has the end of its output.
     """
-    start = time.time()
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        over = threading.Event()
-
-        def watch() -> None:
-            while sampler and not over.wait(SAMPLE_S):
-                sampler(psutil.Process(process.pid))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
+        sampler = Sampler(process.pid)
+        sampler.start()
         try:
-            output, _ = process.communicate()
-            end = time.time()
-        except BaseException:
-            process.terminate()  # job.py terminates its process tree
-            raise
+            code: int | None = process.wait(timeout)
+        except BaseException as error:
+            sampler.sample()  # whom to end
+            process.terminate()  # job.py, Ray and torchrun end their processes
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = None
         finally:
-            over.set()
-            watcher.join()
-    if process.returncode != code:
-        raise ProgramFailed(f"{' '.join(command)}\nexit code {process.returncode}:\n{output[-3000:]}")
-    return start, end
-
-
-class MemorySampler:
-    """Samples the memory of a process tree. `samples`: (time, {process ID: USS in bytes}, total PSS in bytes).
-
-    USS is memory that no other process shares; PSS divides shared pages between their processes. Only Linux has PSS;
-    elsewhere USS is used instead.
-    """
-
-    def __init__(self) -> None:
-        self.samples: list[tuple[float, dict[int, int], int]] = []
-
-    def __call__(self, process: psutil.Process) -> None:
-        own, total = {}, 0
-        try:
-            for one in [process, *process.children(recursive=True)]:
-                memory = one.memory_full_info()
-                own[one.pid] = memory.uss
-                total += getattr(memory, "pss", memory.uss)
-        except psutil.Error:
-            return  # a process has just ended: wait for the next sample
-        self.samples.append((time.time(), own, total))
-
-
-def idle_uss(python: str, code: str, folder: Path) -> int:
-    """USS in bytes of a Python process after it has run `code`."""
-    command = [python, "-c", f"{code}\nprint('ready', flush=True)\ninput()"]
-    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            process.stdout.readline()  # type: ignore[union-attr]  # a pipe
-            return psutil.Process(process.pid).memory_full_info().uss
-        finally:
-            process.communicate(b"\n")
+            end = time.monotonic()
+            sampler.stop()
+    if code != 0:
+        ending = f"not over after {timeout:.0f} s" if code is None else f"exit code {code}"
+        raise ProgramFailed(f"{ending}, output in {log}:\n{log.read_text(errors='replace')[-1500:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    waited = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": end - start, "cpu_s": max(waited, sum(sampler.cpu.values())), "peak_pss": sampler.peak_pss}
 
 
 def describe_machine() -> dict[str, Any]:

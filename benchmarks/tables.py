@@ -1,131 +1,133 @@
-"""Turn the measured parts into metrics with targets, a Markdown page and a plot.
+"""The work, the contestants and the targets; and how measured runs become a Markdown page and a plot."""
 
-Pure functions, except for the plot.
-"""
-
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import timeline
 
-NAMES = {"limit": "plain loop (lower bound)", "project": "project as rendered", "textbook": "textbook way"}
-MB = 1e6
+@dataclass(frozen=True)
+class Contestant:
+    """Who does the work.
 
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values), "n": len(values)}
-
-
-def column(part: dict[str, Any], what: str, name: str = "wall_s", rows: str = "runs") -> list[float]:
-    """One value of all of a part's runs (or commands) of one kind."""
-    return [run[name] for run in part[rows] if run["what"] == what]
-
-
-def ratios(above: list[float], below: list[float]) -> list[float]:
-    """Ratios of measurements that alternated: each to its neighbor."""
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def typical(runs: list[dict[str, Any]], what: str) -> dict[str, Any]:
-    """The costs of one kind of run: medians over the repeats."""
-    same = [run for run in runs if run["what"] == what]
-    return {key: median(run[key] for run in same) for key, value in same[0].items() if isinstance(value, (int, float))}
-
-
-def metrics(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics and their targets: `metric`, `unit`, `target` (an upper bound), spread.
-
-    With `at_least`, the target is a lower bound. Metrics of missing parts are left out.
+    `name`: in the tables; `program`: a file of contestants/, the project's job.py if empty; `environment`: one of
+    peers.REQUIREMENTS, ours if empty; `task`: what common.WORK gets; `is_distributed`: torchrun starts one worker per
+    core; `is_sample`: slow, so it runs once, on a tenth of the images, and on a tenth of the sites if there are more
+    than ten.
     """
-    rows = []
 
-    def add(name: str, values: list[float], target: float | None, unit: str = "", at_least: bool = False) -> None:
-        row: dict[str, Any] = {"metric": name, "unit": unit, "target": target, "at_least": at_least, **spread(values)}
-        if target is not None:
-            row["met"] = row["median"] >= target if at_least else row["median"] <= target
-        rows.append(row)
-
-    if speed := parts.get("speed"):
-        add(
-            "time inside fit / plain loop",
-            ratios(column(speed, "project", "fit_s"), column(speed, "limit", "fit_s")),
-            1.10,
-        )
-        limit, whole = column(speed, "limit"), column(speed, "project")
-        add("wall time / plain loop", ratios(whole, limit), 1.6)
-        final = column(speed, "limit", "final_evaluation_s")
-        bare = [wall - last for wall, last in zip(limit, final, strict=True)]
-        add("wall time / plain loop without its final evaluation", ratios(whole, bare), None)
-        imports = column(speed, "imports", rows="commands")
-        add(
-            "start to first training step / bare imports",
-            ratios(column(speed, "project", "to_training_s"), imports),
-            3,
-        )
-        add("overhead per round", column(speed, "project", "overhead_s"), 1.5, "s")
-        for what in ("help", "wrong flag"):
-            add(f"job.py, {what}", column(speed, what, rows="commands"), 0.5, "s")
-        gap = [
-            a - b for a, b in zip(column(speed, "project", "accuracy"), column(speed, "limit", "accuracy"), strict=True)
-        ]
-        add("test accuracy minus plain loop, same seed", gap, None)
-    if textbook := parts.get("textbook"):
-        divisor, walls = textbook["divisor"], column(textbook, "project")
-        slow = textbook["runs"][0]
-        add(f"textbook way / project, 1/{divisor} of the images", [slow["wall_s"] / wall for wall in walls], None)
-        if speed:
-            predicted = timeline.predict_wall(slow, slow["rounds"], divisor)
-            add(
-                "textbook way / project, all images, predicted",
-                [predicted / wall for wall in whole],
-                30,
-                at_least=True,
-            )
-            if full := textbook["full"]:
-                add("textbook way / project, all images", [full["wall_s"] / w for w in whole], 30, at_least=True)
-                add("textbook way, predicted / measured", [predicted / full["wall_s"]], None)
-    if rounds := parts.get("rounds"):
-        long, small = rounds["runs"]
-        for run, part, size in (
-            (long, "speed", "all images"),
-            (small, "textbook", f"1/{rounds['divisor']} of the images"),
-        ):
-            if part in parts:
-                predicted = timeline.predict_wall(typical(parts[part]["runs"], "project"), run["rounds"])
-                error = abs(predicted / run["wall_s"] - 1)
-                add(f"{run['rounds']} rounds, {size}: predicted {predicted:.0f} s, error", [100 * error], 10, "%")
-        if long["uss"]:
-            add("private memory (USS) of a client / bare imports", [long["uss"] / rounds["imports_uss"]], 1.15)
-        if long["uss_late"]:
-            add(
-                f"memory growth of a client over {long['rounds']} rounds",
-                [(long["uss_late"] - long["uss_early"]) / MB],
-                5,
-                "MB",
-            )
-        if long["uss"] and small["uss"]:
-            more = f"memory growth of a client from {small['n_train']:,} to {long['n_train']:,} training images"
-            add(more, [(long["uss"] - small["uss"]) / MB], 5, "MB")
-    if clients := parts.get("clients"):
-        counts, beyond = beyond_limit(clients)
-        if len(counts) > 1:
-            name = f"time beyond the plain loop, {counts[-1]} clients / {counts[0]} clients"
-            add(name, [beyond[-1] / beyond[0]], counts[-1] / counts[0])
-    return rows
+    name: str
+    program: str = ""
+    environment: str = ""
+    task: dict[str, Any] = field(default_factory=dict)
+    is_distributed: bool = False
+    is_sample: bool = False
 
 
-def beyond_limit(clients: dict[str, Any]) -> tuple[list[int], list[float]]:
-    counts = [run["n_clients"] for run in clients["runs"] if run["what"] == "project"]
-    return counts, [a - b for a, b in zip(column(clients, "project"), column(clients, "limit"), strict=True)]
+@dataclass(frozen=True)
+class Target:
+    """An upper bound: of the ratio of two contestants' `value`, or with `below` empty, of one contestant's."""
+
+    above: str
+    below: str
+    most: float
+    value: str = "wall_s"
 
 
-def by_size(parts: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """The runs grouped by amount of work: on all images, and on a subset."""
-    all_images, few = (list(parts[name]["runs"]) if name in parts else [] for name in ("speed", "textbook"))
-    if few and parts["textbook"]["full"]:
-        all_images.append(parts["textbook"]["full"])
-    return [runs for runs in (all_images, few) if runs]
+@dataclass(frozen=True)
+class Work:
+    """`options`: of job.py; two rounds unless they say otherwise. `contestants`: in the order that they alternate."""
+
+    title: str
+    options: dict[str, Any]
+    contestants: tuple[str, ...]
+    targets: tuple[Target, ...]
+
+
+CONTESTANTS = {  # README.md tells what each does more or less than the others
+    "ours": Contestant("this project"),
+    "plain": Contestant("plain loop", "plain.py"),
+    "flower": Contestant("Flower", "flower_app.py", "flower"),
+    "flower-lean": Contestant("Flower, least", "flower_app.py", "flower", {"lean": True}),
+    "pfl": Contestant("pfl-research, a worker per core", "pfl_loop.py", "pfl", {"threads": 1}, is_distributed=True),
+    "pfl-threads": Contestant("pfl-research, two threads", "pfl_loop.py", "pfl", {"threads": 2}),
+    "pfl-single": Contestant("pfl-research, one thread", "pfl_loop.py", "pfl", {"threads": 1}),
+    "nvflare": Contestant("NVFlare's simulator", "nvflare_job.py", is_sample=True),
+    "hello-lightning": Contestant(
+        "NVFlare's simulator, images as in hello-lightning",
+        "nvflare_job.py",
+        task={"as_published": True},
+        is_sample=True,
+    ),
+    "ours:5": Contestant("this project, 5 sites"),
+    "ours:500": Contestant("this project, 500 sites"),
+    "imports": Contestant("importing the same modules"),
+}
+PEERS = ("flower", "flower-lean", "pfl", "pfl-threads", "pfl-single")
+WORKS = {
+    "two": Work(
+        "2 sites, each with all images, four fifths of them for training; batches of 24; 2 rounds",
+        {"n_clients": 2, "partition": "none", "batch_size": 24},
+        ("plain", "ours", *PEERS, "nvflare", "hello-lightning"),
+        (Target("ours", "plain", 1.4), Target("ours", "flower", 0.65)),
+    ),
+    "hundred": Work(
+        "100 sites, Dirichlet 0.5; batches of 16; 2 rounds; all evaluate",
+        {"n_clients": 100, "partition": "dirichlet", "alpha": 0.5, "batch_size": 16},
+        ("ours", "plain", *PEERS, "nvflare"),
+        (Target("ours", "flower", 0.55),),
+    ),
+    "thousand": Work(
+        "1,000 sites, IID; batches of 16; 20 rounds of 50 random sites; 100 sites evaluate",
+        {
+            **{"n_clients": 1000, "partition": "iid", "batch_size": 16, "num_rounds": 20},
+            **{"sites_per_round": 50, "evaluate_sites": 100},
+        },
+        ("ours", "plain", *PEERS),
+        (Target("ours", "flower", 0.4), Target("ours", "", 2.5e9, "peak_pss")),
+    ),
+    "spread": Work(
+        "the same images on 5 and on 500 sites, IID; batches of 16; 2 rounds",
+        {"partition": "iid", "batch_size": 16},
+        ("ours:5", "ours:500"),
+        (Target("ours:500", "ours:5", 1.8),),
+    ),
+    "digits": Work(
+        "digits; 2 sites; batches of 16; 2 rounds",
+        {"dataset": "digits", "n_clients": 2, "partition": "iid", "batch_size": 16},
+        ("imports", "ours"),
+        (Target("ours", "imports", 2.2),),
+    ),
+}
+
+
+def line(work: str, run: dict[str, Any]) -> str:
+    """What is printed after a run."""
+    text = f"{work:9} {run['contestant']:16} {run['repeat']}: "
+    if "error" in run:
+        return f"{text}FAILED, {run['error']}"
+    text += f"{run['wall_s']:6.1f} s, {run['cpu_s']:6.1f} CPU s, peak PSS {run['peak_pss'] / 1e9:5.2f} GB"
+    return text + (f", accuracy {run['accuracy']:.3f}" if "accuracy" in run else "")
+
+
+def finished(runs: Iterable[dict[str, Any]], contestant: str) -> dict[int, dict[str, Any]]:
+    """Repeat -> the run of a contestant, without failed ones."""
+    return {run["repeat"]: run for run in runs if run["contestant"] == contestant and "error" not in run}
+
+
+def measured(target: Target, runs: list[dict[str, Any]]) -> list[float]:
+    """The values that a target bounds, one per repeat; ratios are of runs that alternated."""
+    above, below = finished(runs, target.above), finished(runs, target.below)
+    if not target.below:
+        return [run[target.value] for run in above.values()]
+    return [run[target.value] / below[repeat][target.value] for repeat, run in above.items() if repeat in below]
+
+
+def spread(values: list[float], unit: str = "", digits: int = 1, scale: float = 1) -> str:
+    """Median (minimum to maximum)."""
+    low, middle, high = (f"{scale * pick(values):.{digits}f}" for pick in (min, median, max))
+    return f"{middle}{unit}" + (f" ({low} to {high})" if len(values) > 1 else "")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -133,115 +135,85 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def costs_table(runs: list[dict[str, Any]]) -> str:
-    head = ["", "total", "startup and shutdown", "per round", "per step", "test accuracy", "runs"]
+def judge(results: dict[str, Any]) -> list[list[str]]:
+    """One row per target that has been measured."""
     rows = []
-    for what, name in NAMES.items():
-        if same := [run for run in runs if run["what"] == what]:
-            one = typical(same, what)
-            walls, hits = spread([run["wall_s"] for run in same]), spread([run["accuracy"] for run in same])
-            rows.append(
-                [
-                    name,
-                    f"{walls['median']:.1f} s ({walls['min']:.1f} to {walls['max']:.1f})",
-                    f"{one['start_s']:.1f} s",
-                    f"{one['round_s']:.2f} s",
-                    f"{1000 * one['step_s']:.2f} ms",
-                    f"{hits['median']:.3f} ({hits['min']:.3f} to {hits['max']:.3f})",
-                    str(len(same)),
-                ]
-            )
-    return table(head, rows)
+    for work, found in results.items():
+        for target in WORKS[work].targets:
+            if values := measured(target, found["runs"]):
+                name, is_ratio = CONTESTANTS[target.above].name, bool(target.below)
+                what = f"{name} / {CONTESTANTS[target.below].name}" if is_ratio else f"{name}, peak memory in GB"
+                scale = 1 if is_ratio else 1e-9
+                verdict = "met" if median(values) <= target.most else "missed"
+                rows.append([work, what, spread(values, "", 2, scale), f"{scale * target.most:g} or less", verdict])
+    return rows
 
 
 def markdown(results: dict[str, Any]) -> str:
-    machine, work, parts = results["machine"], results["work"], results["parts"]
-    dates = sorted({part["date"] for part in parts.values()})
-    loads = [run["load_before"] for part in parts.values() for run in part["runs"]]
-    text = "# Speed\n\nMeasured by `make bench`; [how to read it](../README.md).\n\n"
-    text += f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; Python "
-    text += f"{machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, nvflare "
-    text += f"{machine['nvflare']}; {' to '.join(dates)}. Images: {work['images']}. "
-    text += f"Load average before the runs: {min(loads)} to {max(loads)}"
-    text += " (other processes make the measurements noisy).\n" if max(loads) > machine["cores"] else ".\n"
-    if work["quick"]:
-        text += "\n**A quick run: it shows that the benchmark works; its numbers mean nothing.**\n"
-    for runs in by_size(parts):
-        one = runs[0]
-        text += f"\n## {one['n_clients']} clients, {one['n_train']:,} training images each"
-        text += f" ({one['steps']:,} steps of {work['batch_size']}), {one['rounds']} rounds\n\n"
-        text += costs_table(runs)
-        text += (
-            "\ntotal = startup and shutdown + rounds x (per round + steps x per step). Medians (minimum to maximum).\n"
-        )
-    text += "\n## Targets\n\n"
-    rows = []
-    for row in results["metrics"]:
-        digits = 3 if abs(row["median"]) < 1 else 2
-        value = f"{row['median']:.{digits}f}"
-        if row["n"] > 1:
-            value += f" ({row['min']:.{digits}f} to {row['max']:.{digits}f})"
-        target = "" if row["target"] is None else f"{row['target']:g} {row['unit']}".strip()
-        target += (" or more" if row["at_least"] else " or less") if target else ""
-        verdict = {True: "met", False: "missed", None: ""}[row.get("met")]
-        rows.append([row["metric"], f"{value} {row['unit']}".strip(), target, verdict])
-    text += table(["metric", "measured", "target", ""], rows)
-    if clients := parts.get("clients"):
-        text += "\n## More clients, same total number of images\n\n"
-        counts, beyond = beyond_limit(clients)
-        rows = [
-            [
-                str(run["n_clients"]),
-                f"{run['wall_s']:.1f} s",
-                f"{more:.1f} s",
-                f"{more / run['n_clients']:.1f} s",
-                f"{run['peak_pss'] / MB:.0f} MB" if run["peak_pss"] else "-",
-                f"{run['uss'] / MB:.0f} MB" if run["uss"] else "-",
+    text = "# Peers\n\nMeasured by `make bench`; [what each contestant does, how to read it](../README.md).\n"
+    if judged := judge(results):
+        text += "\n" + table(["work", "what", "median (minimum to maximum)", "target", ""], judged)
+    for work, found in results.items():
+        setting, runs = found["setting"], found["runs"]
+        if not runs:
+            continue
+        machine, loads = setting["machine"], [run["load_before"] for run in runs]
+        text += f"\n## {work}: {WORKS[work].title}\n\n"
+        if setting["quick"]:
+            text += "**A quick run on a part of it: it shows that the benchmark works; its numbers mean nothing.**\n\n"
+        rows: list[list[str]] = []
+        samples: list[list[str]] = []
+        for name in WORKS[work].contestants:
+            contestant, done = CONTESTANTS[name], [*finished(runs, name).values()]
+            failed = sum(1 for run in runs if run["contestant"] == name and "error" in run)
+            if not done:
+                rows += [[contestant.name, *["failed"] * 4, "0"]] if failed else []
+                continue
+            walls = [run["wall_s"] for run in done]
+            accuracies = [run["accuracy"] for run in done if "accuracy" in run]
+            row = [
+                contestant.name + (" (a tenth of the work)" if contestant.is_sample else ""),
+                spread(walls, " s"),
+                spread([run["cpu_s"] for run in done], " s", 0),
+                spread([run["peak_pss"] for run in done], " GB", 2, 1e-9),
+                spread(accuracies, "", 3) if accuracies else "-",
+                f"{len(done)}" + (f", {failed} failed" if failed else ""),
             ]
-            for run, more in zip((r for r in clients["runs"] if r["what"] == "project"), beyond, strict=True)
-        ]
-        head = [
-            "clients",
-            "total",
-            "beyond the plain loop",
-            "the same per client",
-            "total memory (PSS)",
-            "per client (USS)",
-        ]
-        text += table(head, rows)
+            (samples if contestant.is_sample else rows).append(row)
+        text += table(["", "wall time", "CPU time", "peak memory (PSS)", "test accuracy", "runs"], rows + samples)
+        text += f"\n{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; "
+        text += f"Python {machine['python']}, torch {machine['torch']}, lightning {machine['lightning']}, nvflare "
+        text += f"{machine['nvflare']}, {', '.join(setting['peers'].values())}; {runs[-1]['date']}. Images: "
+        text += f"{setting['images']}. Load average before the runs: {min(loads)} to {max(loads)}.\n"
     return text
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of where the time went, one panel per amount of work."""
+    """Bars of the wall times, one panel per work that peers have done in full."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = by_size(results["parts"])
+    panels: dict[str, dict[str, float]] = {}
+    for work, found in results.items():
+        names = [name for name in ("plain", "ours", *PEERS) if finished(found["runs"], name)]
+        if len(names) > 1 and work != "digits":
+            panels[work] = {
+                name: median(run["wall_s"] for run in finished(found["runs"], name).values()) for name in names
+            }
     if not panels:
         return
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 0.9 + 1.4 * len(panels)), squeeze=False)
-    for axis, runs in zip(axes[:, 0], panels, strict=True):
-        kinds = [what for what in NAMES if any(run["what"] == what for run in runs)][::-1]
-        ones = [typical(runs, what) for what in kinds]
-        left = [0.0] * len(kinds)
-        for label, color, value in (
-            ("startup and shutdown", "#9aa5b1", lambda one: one["start_s"]),
-            ("rounds without training", "#e3a857", lambda one: one["rounds"] * one["round_s"]),
-            ("training", "#3d7ea6", lambda one: one["rounds"] * one["fit_s"]),
-        ):
-            widths = [value(one) for one in ones]
-            axis.barh([NAMES[what] for what in kinds], widths, left=left, color=color, label=label)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for row, total in enumerate(left):
-            axis.text(total, row, f" {total:.0f} s", va="center")
-        axis.set_xlim(0, 1.12 * max(left))
-        axis.set_title(f"2 clients, {runs[0]['n_train']:,} training images each", loc="left", fontsize=10)
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 1 + 1.9 * len(panels)), squeeze=False)
+    for axis, (work, walls) in zip(axes[:, 0], panels.items(), strict=True):
+        labels = [CONTESTANTS[name].name for name in walls][::-1]
+        colors = ["#3d7ea6" if name == "ours" else "#9aa5b1" for name in walls][::-1]
+        bars = axis.barh(labels, [*walls.values()][::-1], color=colors)
+        axis.bar_label(bars, fmt=" %.0f s")
+        axis.set_xlim(0, 1.12 * max(walls.values()))
+        axis.set_title(WORKS[work].title, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("seconds")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="upper right", ncols=3)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
+    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,5 +1,7 @@
-"""The benchmark's images, and the three programs that it runs on them."""
+"""The benchmarks' images, and a freshly rendered project that converts them."""
 
+import compileall
+import hashlib
 import os
 import shutil
 import subprocess
@@ -54,44 +56,29 @@ def subset(source: Path, folder: Path, divisor: int) -> Path:
     return folder
 
 
-class Programs:
-    """Command lines of a freshly rendered project, its textbook copy and the plain loop.
+class Project:
+    """A freshly rendered project, its modules compiled as after a first run.
 
     Args:
-        build: receives the projects and a separate cache; the user's cache is not touched.
-        batch_size, learning_rate: the same for all three.
+        build: receives the project and a separate cache; the user's cache is not touched.
     """
 
-    def __init__(self, build: Path, batch_size: int, learning_rate: float):
-        self.build, self.batch_size, self.learning_rate = build, batch_size, learning_rate
-        self.environment = os.environ | {"XDG_CACHE_HOME": str(build / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-        self.project, self.textbook = build / "project", build / "textbook"
-        for folder in (self.project, self.textbook):
-            shutil.rmtree(folder, ignore_errors=True)
+    def __init__(self, build: Path):
+        self.folder = build / "project"
+        shutil.rmtree(self.folder, ignore_errors=True)
         answers = {"project_slug": "project", "dataset": "image_folder", "setup": "skip"}
         cookiecutter(str(HERE.parent), no_input=True, output_dir=str(build), extra_context=answers, accept_hooks=False)
-        shutil.copytree(self.project, self.textbook)
-        (self.textbook / "data.py").rename(self.textbook / "images.py")
-        for path in (HERE / "textbook").glob("*.py"):
-            shutil.copy(path, self.textbook)
+        self.environment = os.environ | {"XDG_CACHE_HOME": str(build / "cache")}
+        compileall.compile_dir(self.folder, quiet=1)
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+        self.version = digest.hexdigest()[:12]
 
     def prepare(self, images: Path) -> Path:
         """Convert a folder of images as the project does. Returns the folder of converted images."""
         code = "import sys; from pathlib import Path; from federation.site.catalog import prepare; "
         code += "print(prepare('image_folder', Path(sys.argv[1]), 32))"
         command = [sys.executable, "-c", code, str(images)]
-        done = subprocess.run(command, cwd=self.project, env=self.environment, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, check=True)
         return Path(done.stdout.decode().strip())
-
-    def command(self, what: str, images: Path, rounds: int, n_clients: int, partition: str, seed: int) -> list[str]:
-        """`what` is limit (the plain loop, which writes limit.json), project or textbook (runs named "run")."""
-        options = ["--n_clients", n_clients, "--partition", partition, "--seed", seed]
-        options += ["--batch_size", self.batch_size, "--learning_rate", self.learning_rate]
-        if what == "limit":
-            program = [HERE / "plain.py", "--project", self.project, "--store", self.prepare(images)]
-            options += ["--rounds", rounds, "--output", self.build / "limit.json"]
-        else:
-            program = ["textbook.py" if what == "textbook" else "job.py", "--dataset", "image_folder"]
-            options += ["--data_root", images, "--num_rounds", rounds, "--name", "run"]
-            options += ["--n_hosts", n_clients]  # a process per client, like the plain loop: timeline.py relies on it
-        return [sys.executable, *map(str, program), *map(str, options)]

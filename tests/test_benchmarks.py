@@ -1,118 +1,100 @@
-"""The benchmark's arithmetic, and a small run of every part."""
+"""The benchmarks' arithmetic, and a small run of the project and the plain loop."""
 
 import json
-import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import accuracy
+import measure
+import peers
 import tables
-import timeline
 import workload
 from template import TEMPLATE
 
-LOG = "10:00:05 - conn_manager - INFO - Connection [CN00002 127.0.0.1:1 => 127.0.0.1:2] is created: PID: 4711"
-PHASES = {
-    5.0: "starting",
-    10.5: "validating",
-    11.0: "training",
-    21.0: "testing",
-    21.5: "predicting",
-    22.0: "waiting",
-    23.25: "evaluating",
-    24.0: "evaluating",
-}
-PROGRESS = [json.dumps({"time": time, "phase": phase}) for time, phase in PHASES.items()]
-PROGRESS.insert(3, json.dumps({"time": 12.0, "step": 3, "steps": 9, "speed": 0.3}))
-SECONDS = st.floats(0.01, 1000)
+QUICK = ["--quick", "--repeats", "1", "--only", "ours", "plain"]
 
 
-def make_phases(start: float, rounds: int, validate: float, fit: float, test: float, rest: float):
-    """One site's phases in a run, and the time of the last one."""
-    now, phases = start, []
-    for _ in range(rounds):
-        for name, lasts in (("validate", validate), ("train", fit), ("test", test), ("predict", test + rest)):
-            phases.append((now, name))
-            now += lasts
-    return [*phases, (now, "evaluate")], now
+def run_of(contestant: str, repeat: int, wall: float, **more) -> dict:
+    zero = {"cpu_s": 1.0, "peak_pss": 3e9, "accuracy": 0.5, "load_before": 0.1, "date": "2026-01-01"}
+    return {"contestant": contestant, "repeat": repeat, "wall_s": wall, **zero, **more}
 
 
-def test_phases_are_read_in_order():
-    phases = timeline.read_phases("\n".join(PROGRESS))
-    assert [name for _, name in phases] == ["validate", "train", "test", "predict", "evaluate"]
-    assert [round(time - phases[0][0], 3) for time, _ in phases] == [0, 0.5, 10.5, 11, 12.75]
-    assert timeline.read_process_ids(LOG) == {4711}
+def results_of(work: str, *runs: dict) -> dict:
+    machine = measure.describe_machine()
+    setting = {"machine": machine, "peers": peers.REQUIREMENTS, "images": "mine", "quick": False}
+    return {work: {"setting": setting, "runs": [*runs]}}
 
 
-def test_a_round_ends_when_the_next_round_or_the_evaluation_begins():
-    (one,) = timeline.split_rounds(timeline.read_phases("\n".join(PROGRESS)))
-    assert one["test"] - one["train"] == 10
-    assert one["end"] - one["validate"] == 12.75
-
-
-@pytest.mark.parametrize("lost", ["validating", "training", "testing", "predicting", "evaluating"])
-def test_progress_with_a_missing_phase_is_rejected(lost):
-    kept = "\n".join(line for line in PROGRESS if lost not in line)
-    with pytest.raises(timeline.IncompleteLog):
-        timeline.split_rounds(timeline.read_phases(kept))
-
-
-@given(start=SECONDS, end=SECONDS, rounds=st.integers(1, 5), validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
-def test_the_costs_add_up_to_the_wall_time_and_predict_any_number_of_rounds(
-    start, end, rounds, validate, fit, test, rest
-):
-    phases, last = make_phases(start, rounds, validate, fit, test, rest)
-    cost = timeline.cost(0, last + end, [phases, phases], steps=10, predict_over_test=1)
-    assert math.isclose(timeline.predict_wall(cost, rounds), last + end)
-    assert math.isclose(cost["overhead_s"], rest, rel_tol=1e-6, abs_tol=1e-6)
-    longer, last = make_phases(start, 20, validate, fit, test, rest)
-    assert math.isclose(timeline.predict_wall(cost, 20), last + end, rel_tol=1e-6)
-
-
-@given(start=SECONDS, validate=SECONDS, fit=SECONDS, test=SECONDS, rest=SECONDS)
-def test_costs_of_few_images_predict_many(start, validate, fit, test, rest):
-    few, last = make_phases(start, 2, validate, fit, test, rest)
-    cost = timeline.cost(0, last + validate + test, [few], steps=10, predict_over_test=1)
-    _, last = make_phases(start, 2, 7 * validate, 7 * fit, 7 * test, rest)
-    assert math.isclose(timeline.predict_wall(cost, 2, scale=7), last + 7 * (validate + test), rel_tol=1e-6)
-
-
-def test_prediction_time_is_relative_to_test_time():
-    phases = [(0, "validate"), (1, "train"), (2, "test"), (6, "predict"), (9, "predicted"), (9.5, "evaluate")]
-    assert timeline.predict_over_test([phases, phases]) == 0.75
-    assert [name for _, name in timeline.without_predicted(phases)][-2:] == ["predict", "evaluate"]
-
-
-def part_of(walls: dict[str, list[float]]) -> dict:
-    zero = {"fit_s": 1.0, "final_evaluation_s": 1.0, "to_training_s": 6.0, "overhead_s": 1.0, "accuracy": 0.5}
-    return {
-        "runs": [{"what": what, "wall_s": wall, **zero} for what, own in walls.items() for wall in own],
-        "commands": [{"what": what, "wall_s": 0.4} for what in ("imports", "help", "wrong flag") for _ in range(2)],
-    }
-
-
-def test_ratios_are_of_neighbors_and_judged_by_their_median():
-    rows = tables.metrics({"speed": part_of({"limit": [10.0, 20.0], "project": [15.0, 60.0]})})
-    by_name = {row["metric"]: row for row in rows}
-    whole = by_name["wall time / plain loop"]
-    assert (whole["min"], whole["median"], whole["max"], whole["n"]) == (1.5, 2.25, 3.0, 2)
-    assert not whole["met"]
-    assert by_name["job.py, help"]["met"]
-
-
-def test_runs_are_grouped_by_size():
-    run = {"limit": {"n_train": 9}, "few": {"n_train": 3}, "full": {"n_train": 9}}
-    few = {"runs": [run["few"]], "full": run["full"]}
-    assert tables.by_size({"speed": {"runs": [run["limit"]]}, "textbook": few}) == [
-        [run["limit"], run["full"]],
-        [run["few"]],
+def test_ratios_are_of_the_same_repeat_and_judged_by_their_median():
+    runs = [run_of("plain", repeat, wall) for repeat, wall in enumerate((10.0, 20.0, 10.0))]
+    runs += [run_of("ours", repeat, wall) for repeat, wall in enumerate((13.0, 60.0, 12.0))]
+    assert tables.judge(results_of("two", *runs)) == [
+        ["two", "this project / plain loop", "1.30 (1.20 to 3.00)", "1.4 or less", "met"]
     ]
-    assert tables.by_size({"textbook": {**few, "full": None}}) == [[run["few"]]]
-    assert tables.by_size({}) == []
+
+
+def test_a_bound_of_memory_is_judged_without_another_contestant():
+    (row,) = tables.judge(results_of("thousand", run_of("ours", 0, 60.0)))
+    assert row == ["thousand", "this project, peak memory in GB", "3.00", "2.5 or less", "missed"]
+
+
+def test_failed_runs_are_shown_and_not_judged():
+    failed = {"contestant": "ours", "repeat": 0, "load_before": 0.1, "date": "2026-01-01", "error": "exit code 1"}
+    results = results_of("two", run_of("plain", 0, 10.0), failed, run_of("plain", 1, 10.0), run_of("ours", 1, 14.5))
+    assert [row[2:] for row in tables.judge(results)] == [["1.45", "1.4 or less", "missed"]]
+    page = tables.markdown(results)
+    assert "| this project | 14.5 s | 1 s | 3.00 GB | 0.500 | 1, 1 failed |" in page
+    assert "| this project | failed |" in tables.markdown(results_of("two", failed))
+
+
+def test_the_page_tells_samples_apart():
+    page = tables.markdown(results_of("two", run_of("nvflare", 0, 40.0)))
+    assert "| NVFlare's simulator (a tenth of the work) | 40.0 s |" in page
+
+
+def test_every_target_is_of_contestants_that_do_the_work():
+    for work in tables.WORKS.values():
+        compared = {name for target in work.targets for name in (target.above, target.below) if name}
+        assert compared <= {*work.contestants} <= {*tables.CONTESTANTS}
+        programs = {tables.CONTESTANTS[name].program for name in work.contestants} - {""}
+        assert [name for name in programs if not (workload.HERE / "contestants" / name).is_file()] == []
+
+
+def test_the_readme_names_every_work_and_contestant():
+    text = (workload.HERE / "README.md").read_text(encoding="utf-8")
+    names = [*tables.WORKS, *(name for name, each in tables.CONTESTANTS.items() if each.program)]
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def measure_code(code: str, folder: Path, timeout: float = 60) -> dict[str, float]:
+    return measure.run([sys.executable, "-c", code], folder, dict(os.environ), folder / "output.txt", timeout)
+
+
+def test_a_program_and_its_children_are_measured(tmp_path):
+    child = "x = bytearray(10**8); import time; end = time.time() + 2.5\nwhile time.time() < end: pass"
+    found = measure_code(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", tmp_path)
+    assert found["wall_s"] > found["cpu_s"] > 0.1
+    assert found["peak_pss"] > 1e8
+
+
+def test_a_program_that_fails_is_reported_with_its_output(tmp_path):
+    with pytest.raises(measure.ProgramFailed, match="(?s)exit code 3.*so sad"):
+        measure_code("import sys; print('so sad'); sys.exit(3)", tmp_path)
+
+
+def test_a_program_that_hangs_is_ended_with_its_children(tmp_path):
+    child = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()"
+    hang = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}])"
+    hang += "; print(child.pid, flush=True); import signal; signal.pause()"
+    with pytest.raises(measure.ProgramFailed, match="not over after 2 s"):
+        measure_code(hang, tmp_path, timeout=2)
+    number = int((tmp_path / "output.txt").read_text().split()[0])
+    assert not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
 
 
 def test_generated_images_are_the_same_each_time(tmp_path):
@@ -131,48 +113,75 @@ def test_a_subset_has_the_same_share_of_each_class(tmp_path):
 
 
 SAME_IMAGES = """
-import sys, torch, data, images
-from settings import Options
-options = Options(dataset="image_folder", data_root=sys.argv[1], batch_size=7, n_clients=2, partition="none", gpu=False)
-textbook, project = (module.SiteDataModule("site-1", options) for module in (data, images))
-for module in (textbook, project):
-    module.setup()
-for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
-    (x, labels), (y, expected) = (map(torch.cat, zip(*getattr(m, name)())) for m in (textbook, project))
-    assert torch.allclose(x, y, atol=1e-6) and torch.equal(labels, expected), name
-assert len(textbook.train_dataloader()) == len(project.train_dataloader())
+import torch, common
+from data import SiteDataModule
+common.OPTIONS.data_root = {images!r}
+for site in range(3):
+    own = SiteDataModule(f"site-{{site + 1}}", common.OPTIONS)
+    own.setup()
+    assert sorted(common.Batches(site, "train").rows) == own.indices["train"].tolist()
+    for part in ("val", "test"):
+        loader = getattr(own, f"{{part}}_dataloader")()
+        (x, labels), (y, expected) = (map(torch.cat, zip(*each)) for each in (common.Batches(site, part), loader))
+        assert torch.allclose(x, y, atol=1e-6) and torch.equal(labels, expected)
+    assert len(common.Batches(site, "train")) == len(own.train_dataloader())
 """
 
 
 @pytest.mark.slow
-def test_the_textbook_way_sees_the_same_images(tmp_path):
-    data = workload.generate(tmp_path / "data", {"train": 10, "test": 2})
-    programs = workload.Programs(tmp_path, batch_size=7, learning_rate=0.01)
-    program = [sys.executable, "-c", SAME_IMAGES, str(data)]
-    subprocess.run(program, cwd=programs.textbook, env=programs.environment, check=True)
+def test_contestants_see_the_images_of_the_project(tmp_path):
+    images = workload.generate(tmp_path / "images", {"train": 10, "test": 2})
+    project = workload.Project(tmp_path)
+    options = {"dataset": "image_folder", "n_clients": 3, "partition": "iid", "batch_size": 7, "seed": 5}
+    work = json.dumps({"options": options, "store": str(project.prepare(images)), "report": ""})
+    path = os.pathsep.join([str(workload.HERE / "contestants"), str(project.folder)])
+    environment = {**project.environment, "BENCHMARK_WORK": work, "PYTHONPATH": path}
+    code = SAME_IMAGES.format(images=str(images))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 @pytest.mark.slow
-def test_a_quick_run_measures_every_part(tmp_path):
-    command = [sys.executable, "benchmarks/speed.py", "--quick", "--output", str(tmp_path)]
+def test_a_failed_run_is_recorded_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "BUILD", tmp_path / "build")
+    fails = True
+
+    def run(command, folder, environment, log, timeout):
+        if "job.py" in command and fails:
+            raise measure.ProgramFailed("exit code 1")
+        work = json.loads(environment.get("BENCHMARK_WORK", '{"report": "runs/run/results.json"}'))
+        report = folder / work["report"]
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text('{"accuracy": 0.5}')
+        return {"wall_s": 1.0, "cpu_s": 1.0, "peak_pss": 1}
+
+    monkeypatch.setattr(measure, "run", run)
+    arguments = [*QUICK, "--work", "two", "--output", str(tmp_path / "results")]
+    assert peers.main(arguments) == 0
+    assert "ours             0: FAILED, exit code 1" in capsys.readouterr().out
+    fails = False
+    peers.main(arguments)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("two ")]
+    assert len(lines) == 1  # the plain loop's run is kept
+    runs = json.loads((tmp_path / "results" / "peers.json").read_text(encoding="utf-8"))["two"]["runs"]
+    assert {run["contestant"]: "error" in run for run in runs} == {"plain": False, "ours": False}
+
+
+@pytest.mark.slow
+def test_a_quick_run_of_the_project_and_the_plain_loop(tmp_path):
+    command = [sys.executable, "benchmarks/peers.py", *QUICK, "--work", "two", "thousand", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=TEMPLATE, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
-    parts = results["parts"]
-    assert parts.keys() == {"speed", "textbook", "rounds", "clients"}
-    assert {run["what"] for run in parts["textbook"]["runs"]} == {"limit", "project", "textbook"}
-    for part in parts.values():
-        for run in part["runs"]:
-            assert run["wall_s"] > run["fit_s"] * run["rounds"] > 0, run
-            assert math.isclose(timeline.predict_wall(run, run["rounds"]), run["wall_s"]), run
-    assert [row["metric"] for row in results["metrics"] if row["median"] is None] == []
-    for row in results["metrics"]:
-        assert row["metric"] in (tmp_path / "speed.md").read_text(encoding="utf-8")
-    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))
+    for work in ("two", "thousand"):
+        assert {run["contestant"] for run in results[work]["runs"]} == {"ours", "plain"}
+        for run in results[work]["runs"]:
+            assert run["wall_s"] > 0 and run["cpu_s"] > 0 and 0 <= run["accuracy"] <= 1, run
+    assert "this project / plain loop" in (tmp_path / "peers.md").read_text(encoding="utf-8")
+    assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_without_images_is_rejected(tmp_path):
-    command = [sys.executable, "benchmarks/speed.py", "--data", str(tmp_path)]
+    command = [sys.executable, "benchmarks/peers.py", "--data_root", str(tmp_path)]
     done = subprocess.run(command, cwd=TEMPLATE, text=True, capture_output=True)
     assert done.returncode == 2
     assert f"{tmp_path} has no folders train and test" in done.stderr
