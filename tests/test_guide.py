@@ -4,10 +4,14 @@ The federation joins as the guide says: each participant has a folder of its own
 """
 
 import inspect
+import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +39,10 @@ RUN = {
     "preflight": "nvflare preflight-check -p KIT",
     "start server": "KIT/startup/start.sh",
     "start site": "FL_DATA_ROOT=/path/to/images OMP_NUM_THREADS=8 KIT/startup/start.sh",
+    "runtime": "cp deploy/study_runtime.yaml KIT/local/",
+    "prepare": "nvflare deploy prepare KIT --config deploy/k8s.yaml --output PREPARED",
+    "stage": "nvflare deploy k8 stage PREPARED",
+    "start on Slurm": "PREPARED/startup/start_slurm.sh",
     "submit": "python job.py --env prod --startup_kit KIT --dataset image_folder --classes classes.txt",
     "status": "nvflare system status --startup-kit KIT",
     "jobs": "nvflare job list --startup-kit KIT",
@@ -51,26 +59,37 @@ NOT_RUN = {
     "sudo chown -R 10001:10001 KIT": "needs root",
     "KIT=/path/to/kit docker compose -f deploy/compose.yml up -d server": NO_DOCKER,
     "KIT=/path/to/kit IMAGES=/path/to/images docker compose -f deploy/compose.yml up -d site": NO_DOCKER,
+    "helm upgrade --install site-1 PREPARED/helm_chart --namespace nvflare": "needs Kubernetes",
+    "PREPARED/startup/start_docker.sh": "needs Docker",
     "docker compose -f deploy/compose.yml down": NO_DOCKER,
     "docker compose -f deploy/compose.yml build": NO_DOCKER,
 }
 CLASSES = ["benign", "malign"]
 
 
-def typed(name: str, folder: Path, added: str = "", **words: object) -> str:
+def typed(
+    name: str, folder: Path, words: Mapping[str, object] | None = None, added: str = "", on_path: Path | None = None
+) -> str:
     """Type a command of the guide in a folder, with some of its words replaced; return its output.
 
-    Fail if it fails. The folder next to it, `home`, is the home of all.
+    Fail if it fails. The folder next to it, `home`, is the home of all; programs in `on_path` replace others.
     """
+    command, environment = prepared_command(name, folder, words or {}, added, on_path)
+    code, said = run(command, folder, environment)
+    assert code == 0, f"{command[-1]}\n{said}"
+    return said
+
+
+def prepared_command(
+    name: str, folder: Path, words: Mapping[str, object], added: str, on_path: Path | None = None
+) -> tuple[list[str], dict[str, str]]:
     command = RUN[name]
     for word, replacement in words.items():
         assert word in command
         command = command.replace(word, str(replacement))
-    path = f"{Path(sys.executable).parent}:{surroundings(folder)['PATH']}"
+    path = f"{on_path or ''}:{Path(sys.executable).parent}:{surroundings(folder)['PATH']}".lstrip(":")
     environment = surroundings(folder.parent / "home", PATH=path, PIP_NO_INDEX="1", OMP_NUM_THREADS="1")
-    code, said = run(["sh", "-c", f"umask 022; {command} {added}"], folder, environment)
-    assert code == 0, f"{command}\n{said}"
-    return said
+    return ["sh", "-c", f"umask 022; {command} {added}"], environment
 
 
 class Federation:
@@ -101,12 +120,12 @@ class Federation:
         for zip_file in (self.admin / f"{name}.request.zip", self.admin / f"{name}.signed.zip"):
             zip_file.unlink(missing_ok=True)  # of an earlier certificate
         shutil.copy(folder / "request" / f"{name}.request.zip", self.admin)
-        read_aloud = typed("read aloud", folder, NAME=name).split()[0]
-        assert read_aloud == typed("compare", self.admin, NAME=name).split()[0]
-        said = typed("approve", self.admin, NAME=name)
+        read_aloud = typed("read aloud", folder, {"NAME": name}).split()[0]
+        assert read_aloud == typed("compare", self.admin, {"NAME": name}).split()[0]
+        said = typed("approve", self.admin, {"NAME": name})
         (fingerprint,) = re.findall(r"^rootca_fingerprint_sha256: (\S+)$", said, re.M)
         shutil.copy(self.admin / f"{name}.signed.zip", folder)
-        typed("package", folder, NAME=name, FINGERPRINT=fingerprint)
+        typed("package", folder, {"NAME": name, "FINGERPRINT": fingerprint})
         (kit,) = folder.glob(f"kits/*/prod_00/{name}")
         return kit
 
@@ -121,10 +140,12 @@ class Federation:
     def start(self, name: str, images: Path | None = None) -> None:
         words = {"/path/to/images": images, "OMP_NUM_THREADS=8": "OMP_NUM_THREADS=1"} if images else {}
         redirected = f"> {self.root / name}.log 2>&1"  # it continues in the background
-        typed("start site" if images else "start server", self.root / name, redirected, KIT=self.kits[name], **words)
+        typed(
+            "start site" if images else "start server", self.root / name, {"KIT": self.kits[name], **words}, redirected
+        )
 
     def stop(self, name: str) -> None:
-        typed("stop", self.root / name, KIT=self.kits[name])
+        typed("stop", self.root / name, {"KIT": self.kits[name]})
         kit = str(self.kits[name])
         mine = [process for process in self.processes() if any(kit in word for word in process.info["cmdline"])]
         assert mine and not psutil.wait_procs(mine, timeout=60)[1]
@@ -143,10 +164,10 @@ def federation(bake, tmp_path_factory):
     }.items():
         federation.kits[name] = federation.join(name, definition)
     for site in ("north", "south"):
-        typed("keep logs", federation.root / site, KIT=federation.kits[site])
-        typed("close folders", federation.root / site, KIT=federation.kits[site])
+        typed("keep logs", federation.root / site, {"KIT": federation.kits[site]})
+        typed("close folders", federation.root / site, {"KIT": federation.kits[site]})
     server = {"KIT": federation.kits["localhost"], "/var/lib/nvflare": federation.root / "storage"}
-    typed("store", federation.root / "localhost", **server)
+    typed("store", federation.root / "localhost", server)
     yield federation
     for process in federation.processes():
         process.kill()
@@ -223,32 +244,174 @@ def test_a_federation_runs_grows_renews_revokes_and_upgrades(federation):
         federation.start(site, root)
     researcher, operator = ({"KIT": federation.kits[name]} for name in ("lead@example.com", "ops@example.com"))
     flags = "--num_rounds 1 --name"
-    said = typed("submit", federation.admin, f"{flags} first", **researcher)
+    said = typed("submit", federation.admin, researcher, f"{flags} first")
     assert "Final test accuracy" in said and "may not read the server's log" not in said
-    assert "north" in typed("status", federation.admin, **operator)
-    assert "FINISHED:COMPLETED" in typed("jobs", federation.admin, **operator)
+    assert "north" in typed("status", federation.admin, operator)
+    assert "FINISHED:COMPLETED" in typed("jobs", federation.admin, operator)
 
     # a new site, a renewed one, a revoked one
     federation.kits["east"] = federation.join("east", "{name: east, type: client, org: east}")
-    assert "overall: pass" in typed("preflight", federation.root / "east", KIT=federation.kits["east"])
+    assert "overall: pass" in typed("preflight", federation.root / "east", {"KIT": federation.kits["east"]})
     federation.start("east", images["north"])
     renewed = federation.join("south", "{name: south, type: client, org: south}", "-renewed")
     old = (federation.kits["south"] / "startup" / "client.crt").read_bytes()
-    typed("renew", federation.root / "south", RENEWED=renewed, KIT=federation.kits["south"])
+    typed("renew", federation.root / "south", {"RENEWED": renewed, "KIT": federation.kits["south"]})
     assert (federation.kits["south"] / "startup" / "client.crt").read_bytes() != old
-    assert "notAfter" in typed("expiry", federation.root / "south", KIT=federation.kits["south"])
+    assert "notAfter" in typed("expiry", federation.root / "south", {"KIT": federation.kits["south"]})
     federation.stop("south")
     typed("upgrade", federation.admin)
     federation.start("south", images["south"])
-    typed("disable", federation.admin, "--force", SITE="north", **operator)  # asks for confirmation otherwise
+    typed("disable", federation.admin, {"SITE": "north", **operator}, "--force")  # asks for confirmation otherwise
 
     # a newer version of the project: east has been running all the time
     client = federation.admin / "client.py"
     client.write_text(client.read_text().replace("--- train new model ---", "--- train with version 2 ---"))
-    typed("submit", federation.admin, f"{flags} second --sites east,south", **researcher)
+    typed("submit", federation.admin, researcher, f"{flags} second --sites east,south")
     for site in ("east", "south"):
         assert "--- train with version 2 ---" in (federation.root / f"{site}.log").read_text()
-    status = typed("status", federation.admin, **operator)
+    status = typed("status", federation.admin, operator)
     assert "east" in status and "south" in status and "north" not in status
     for name in ("east", "south", "north", "localhost"):
         federation.stop(name)
+
+
+def prepare(federation: Federation, site: str, runtime: str, study_runtime: str, **changes: object) -> Path:
+    """A copy of a site's kit for a cluster, prepared as the guide says with this text of study_runtime.yaml."""
+    folder, prepared = federation.root / site, federation.root / site / runtime
+    (folder / "deploy" / "study_runtime.yaml").write_text(study_runtime)
+    typed("runtime", folder, {"KIT": federation.kits[site]})
+    config = yaml.safe_load((folder / "deploy" / f"{runtime}.yaml").read_text())
+    config["job_launcher"] |= changes
+    (folder / "deploy" / f"{runtime}.yaml").write_text(yaml.safe_dump(config))
+    words = {"KIT": federation.kits[site], "k8s": runtime, "PREPARED": prepared}
+    said = typed("prepare", folder, words)
+    assert f"runtime: {runtime}" in said
+    return prepared
+
+
+def component(prepared: Path, name: str) -> dict:
+    """A component of the site, from its resources."""
+    resources = yaml.safe_load((prepared / "local" / "resources.json.default").read_text())
+    assert resources["allow_log_streaming"] is False
+    (found,) = [each for each in resources["components"] if each["id"] == name]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["docker", "k8s"])
+def test_a_job_gets_its_image_images_and_environment_on(federation, runtime):
+    """Read back with NVFlare's own parsers, which reject unknown keys."""
+    from nvflare.app_opt.job_launcher.docker_launcher import ClientDockerJobLauncher
+    from nvflare.app_opt.job_launcher.study_runtime import load_study_runtime_file
+
+    text = (federation.admin / "deploy" / "study_runtime.yaml").read_text()
+    prepared = prepare(federation, "north", runtime, text)
+    study = load_study_runtime_file(str(prepared / "local" / "study_runtime.yaml"), runtime)["default"]
+    assert study.container_image == "eyes_2:cpu"
+    (images,) = study.datasets
+    assert (images.source, images.mount_path, images.read_only) == ("/path/to/images", "/data/default/images", True)
+    assert study.env["FL_DATA_ROOT"] == images.mount_path
+    launcher = component(prepared, f"{runtime}_launcher")
+    if runtime == "docker":
+        assert launcher["path"].endswith(".ClientDockerJobLauncher")
+        kwargs = ClientDockerJobLauncher(**launcher["args"]).default_job_container_kwargs
+        assert kwargs["cap_drop"] == ["ALL"] and kwargs["security_opt"] == ["no-new-privileges:true"]
+        script = (prepared / "startup" / "start_docker.sh").read_text()
+        assert 'DOCKER_IMAGE=${NVFL_P_IMAGE:-"eyes_2:cpu"}' in script
+    else:
+        assert launcher["path"].endswith(".ClientK8sJobLauncher")
+        assert launcher["args"]["security_context"] == {
+            "runAsNonRoot": True,
+            "runAsUser": 10001,
+            "runAsGroup": 10001,
+            "fsGroup": 10001,
+        }
+
+
+def values_used(chart: Path) -> set[str]:
+    """The values that the templates of a chart ask for, without those inside of a `with` of their own."""
+    text = "".join(path.read_text() for path in (chart / "templates").iterdir())
+    return set(re.findall(r"\.Values\.([\w.]+)", text))
+
+
+@pytest.mark.slow
+def test_the_helm_chart_has_all_values_and_the_keys_become_a_secret(federation):
+    text = (federation.admin / "deploy" / "study_runtime.yaml").read_text()
+    prepared = prepare(federation, "north", "k8s", text)
+    chart = prepared / "helm_chart"
+    about = yaml.safe_load((chart / "Chart.yaml").read_text())
+    assert about["apiVersion"] == "v2" and re.fullmatch(r"\d+\.\d+\.\d+", about["version"]) and about["name"]
+    values = yaml.safe_load((chart / "values.yaml").read_text())
+    for path in values_used(chart):
+        found = values
+        for name in path.split("."):
+            assert name in found, path
+            found = found[name]
+    assert values["image"] == {"repository": "registry.example.com/eyes_2", "tag": "cpu", "pullPolicy": "Always"}
+    assert values["persistence"]["workspace"]["claimName"] == "nvflare-workspace"
+    assert values["securityContext"]["runAsUser"] == 10001
+
+    kubectl = federation.root / "kubectl" / "kubectl"
+    kubectl.parent.mkdir()
+    kubectl.write_text(f"#!/bin/sh\ncat >> {kubectl.parent}/applied.yaml; echo --- >> {kubectl.parent}/applied.yaml\n")
+    kubectl.chmod(0o755)
+    typed("stage", federation.root / "north", {"PREPARED": prepared}, on_path=kubectl.parent)
+    applied = [each for each in yaml.safe_load_all((kubectl.parent / "applied.yaml").read_text()) if each]
+    kinds = {each["kind"]: each for each in applied}
+    assert set(kinds) == {"ConfigMap", "Secret"}
+    assert {each["metadata"]["namespace"] for each in applied} == {"nvflare"}
+    assert any("client.key" in name for name in kinds["Secret"].get("data", {}) | kinds["Secret"].get("stringData", {}))
+    assert "PRIVATE KEY" not in str(kinds["ConfigMap"])
+    mounted = yaml.safe_load((chart / "values.yaml").read_text())["workspaceConfig"]
+    assert mounted["startup"]["secretName"] == kinds["Secret"]["metadata"]["name"]
+    assert mounted["local"]["configMapName"] == kinds["ConfigMap"]["metadata"]["name"]
+
+
+@pytest.mark.slow
+def test_slurm_runs_the_same_job(federation):
+    """With stand-ins for Slurm's commands; the job runs in an environment without the site's variables."""
+    slurm = federation.root / "slurm"
+    slurm.mkdir()
+    for name in ("sbatch", "squeue", "sacct", "scancel"):
+        (slurm / name).write_text(f"#!{sys.executable}\n{(Path(__file__).parent / 'slurm.py').read_text()}")
+        (slurm / name).chmod(0o755)
+    federation.kits["west"] = federation.join("west", "{name: west, type: client, org: west}")
+    typed("keep logs", federation.root / "west", {"KIT": federation.kits["west"]})
+    images = write_images(federation.root / "images" / "west", seed=3)
+    study = yaml.safe_load((federation.admin / "deploy" / "study_runtime.yaml").read_text())
+    del study["studies"]["default"]["container"], study["studies"]["default"]["datasets"]
+    study["studies"]["default"]["env"] |= {
+        "FL_DATA_ROOT": str(images),
+        "XDG_CACHE_HOME": str(federation.root / "home" / "cache"),
+    }
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        changes = {"internal_port": probe.getsockname()[1], "parent_host": "localhost", "python_path": sys.executable}
+    prepared = prepare(federation, "west", "slurm", yaml.safe_dump(study), **changes, poll_interval=1)
+    assert component(prepared, "slurm_launcher")["path"].endswith(".ClientSlurmJobLauncher")
+
+    federation.start("localhost")
+    redirected = f"> {federation.root / 'west.log'} 2>&1 &"
+    typed("start on Slurm", federation.root / "west", {"PREPARED": prepared}, redirected, slurm)
+    researcher = {"KIT": federation.kits["lead@example.com"]}
+    said = typed("submit", federation.admin, researcher, "--num_rounds 1 --name slurm --sites west")
+    assert "Final test accuracy" in said
+    submission = yaml.safe_load((slurm / "1.json").read_text())
+    assert {"--export=NIL", "--partition=gpu", "--time=24:00:00"} <= {*submission["words"]}
+    assert "--- train new model ---" in Path(submission["chdir"], "log.txt").read_text()
+    assert not (slurm / "1.cancelled").exists()
+
+    long = prepared_command("submit", federation.admin, researcher, "--num_rounds 10000 --name long --sites west")
+    job = subprocess.Popen(
+        long[0], cwd=federation.admin, env=long[1], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert job.stdout and any(line.startswith("round 1 ") for line in job.stdout)
+    batch_job = psutil.Process(yaml.safe_load((slurm / "2.json").read_text())["pid"])
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(60) != 0 and not psutil.wait_procs([batch_job], timeout=60)[1]
+    parents = [
+        process for process in federation.processes() if any(str(prepared) in word for word in process.cmdline())
+    ]
+    for process in parents:
+        process.terminate()
+    assert parents and not psutil.wait_procs(parents, timeout=60)[1]
+    federation.stop("localhost")
