@@ -36,6 +36,7 @@ RUN = {
     "close folders": "cp deploy/authorization.json KIT/local/",
     "store": "sed -i 's#/tmp/nvflare#/var/lib/nvflare#' KIT/local/resources.json.default",
     "provision": "(umask 077; nvflare provision -p deploy/project.yml -w provisioned)",
+    "provision again": "(umask 077; nvflare provision -p deploy/project.yml -w provisioned --force)",
     "preflight": "nvflare preflight-check -p KIT",
     "start server": "KIT/startup/start.sh",
     "start site": "FL_DATA_ROOT=/path/to/images OMP_NUM_THREADS=8 KIT/startup/start.sh",
@@ -207,11 +208,24 @@ def test_private_keys_stay_where_they_were_made(federation):
 
 @pytest.mark.slow
 def test_keys_and_kits_are_private_under_the_default_umask(federation):
-    typed("provision", federation.admin)
-    folders = [federation.admin / "provisioned", federation.admin / "ca", *federation.root.glob("*/request")]
-    folders += federation.root.glob("*/kits")
+    folders = [federation.admin / "ca", *federation.root.glob("*/request"), *federation.root.glob("*/kits")]
     assert len(folders) > 10
     assert [path for path in folders if path.stat().st_mode & 0o077] == []
+
+
+@pytest.mark.slow
+def test_one_person_can_create_all_kits_and_add_a_site_later(bake, tmp_path):
+    project = shutil.copytree(bake(project_slug="eyes_2").path, tmp_path / "project")
+    typed("provision", project)
+    assert (project / "provisioned").stat().st_mode & 0o077 == 0
+    definition = project / "deploy" / "project.yml"
+    new = "name: new\n    type: client\n    org: new\n  - name: site-1"
+    definition.write_text(definition.read_text().replace("name: site-1", new))
+    typed("provision again", project)
+    first, second = (project / "provisioned" / "eyes_2" / name for name in ("prod_00", "prod_01"))
+    assert not (first / "new").exists() and (second / "new" / "startup" / "client.key").exists()
+    for key in first.rglob("*.key"):
+        assert key.read_bytes() == (second / key.relative_to(first)).read_bytes()
 
 
 @pytest.mark.slow
