@@ -1,11 +1,15 @@
 """Whole federations, run as a user runs them. The first one is in the fast tier; the others are slow."""
 
+import csv
+import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from programs import PROJECT, Project
 from settings import Options
@@ -97,6 +101,27 @@ class TestAFinishedRun:
                 right = [int((model(x).argmax(dim=1) == labels).sum()) for x, labels in data.test_dataloader()]
             assert n_images(data, "test") == test["images"]
             assert sum(right) / test["images"] == pytest.approx(test["accuracy"])
+
+    @pytest.mark.parametrize(("which", "flags"), [("final", []), ("best", ["--best"])])
+    def test_classifies_each_sites_test_images_as_reported(self, finished, tmp_path, which, flags):
+        from data import SiteDataModule
+
+        partition = self.partition(finished)
+        module = SiteDataModule("site-1", Options.of({**finished.result, "classes": partition["classes"]}))
+        module.setup("test")
+        for row, pixels in enumerate(module.parts["test"].images):
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{row}.png")
+        said = finished.run("predict.py", "first", str(tmp_path), "--csv", *flags)
+        assert (said.returncode, said.stderr) == (0, "")
+        classes = {int(Path(row["image"]).stem): row["class"] for row in csv.DictReader(io.StringIO(said.stdout))}
+        tested = finished.result["test"] if which == "final" else finished.result["best"]["test"]
+        for site, test in tested["sites"].items():
+            data = SiteDataModule(site, module.options)
+            data.setup("test")
+            own = data.parts["test"]
+            pairs = zip(own.rows, own.labels, strict=True)
+            right = [classes[row] == partition["classes"][label] for row, label in pairs]
+            assert sum(right) / len(right) == pytest.approx(test["accuracy"], abs=1e-6)
 
     def test_picks_the_best_model_by_validation_accuracy(self, finished):
         _, *trained = finished.result["rounds"]

@@ -36,7 +36,7 @@ FORMATS = (
 )  # Pillow's names; detected from the content, not the suffix
 EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-RULE = 2  # version of `_read_image`; increase it if the returned pixels change, so that older stores are not used
+RULE = 2  # version of `read_image`; increase it if the returned pixels change, so that older stores are not used
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
         images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
         bar = tqdm(pairs, desc=f"Converting {split} images", disable=not sys.stderr.isatty())
         for i, (path, _) in enumerate(bar):
-            images[i] = _read_image(path, image_size)
+            images[i] = read_image(path, image_size)
         images.flush()
         np.save(store / f"{split}-labels.npy", np.array([classes.index(name) for _, name in pairs], dtype=np.int64))
     return classes
@@ -339,14 +339,19 @@ def _find_images(folder: Path) -> dict[str, list[Path]]:
         raise UserError(f"{folder} is empty: expected {folder}/<class>/<image>")
     found: dict[str, list[Path]] = {}
     for name in classes:
-        paths = (Path(inner, file) for inner, files in _walk(folder / name) for file in files)
-        found[name] = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        found[name] = images_in(folder / name)
         if not found[name]:
             raise UserError(f"{folder / name} has no images: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
     return found
 
 
-def _read_image(path: Path, image_size: int) -> np.ndarray:
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and its subfolders, recognized by their suffix and sorted by name, without hidden ones."""
+    paths = (Path(inner, file) for inner, files in _walk(folder) for file in files)
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def read_image(path: Path, image_size: int) -> np.ndarray:
     """Read an image of any size as uint8 (3, S, S). The rule depends neither on other images nor on the site.
 
     - The EXIF orientation is applied.
