@@ -44,12 +44,13 @@ warnings.filterwarnings("ignore", ".*does not have many workers")
 
 def image_rule(options: Options) -> dict[str, Any]:
     """What the functions below must know. It travels with the model as JSON, in model.json."""
-    return {"channels": 3, "size": options.image_size, "mean": MEAN, "std": STD}
+    how = {"size": options.image_size, "fit": options.image_fit, "white": options.image_white}
+    return {"channels": 3, **how, "mean": MEAN, "std": STD}
 
 
 def read_images(paths: Sequence[Path], rule: dict[str, Any]) -> torch.Tensor:
     """Read image files by the function that reads an image folder's: uint8 (N, 3, S, S)."""
-    return torch.from_numpy(np.stack([read_image(path, rule["size"]) for path in paths]))
+    return torch.from_numpy(np.stack([read_image(path, rule["size"], rule["fit"], rule["white"]) for path in paths]))
 
 
 def normalize(images: torch.Tensor, rule: dict[str, Any]) -> torch.Tensor:
@@ -172,12 +173,13 @@ def _loader(images: Images, batch_size: int, sampler: Sampler[int] | None = None
 
 def _open(site: str | None, options: Options) -> tuple[Split, Split]:
     """A site's source of training and test images, before partitioning."""
-    return _opened(options.dataset, (options.data_root or "").replace("{site}", site or ""), options.image_size)
+    root = (options.data_root or "").replace("{site}", site or "")
+    return _opened(options.dataset, root, options.image_size, options.image_fit, options.image_white)
 
 
 @cache
-def _opened(dataset: str, root: str, image_size: int) -> tuple[Split, Split]:
-    store = prepare(dataset, Path(root) if root else None, image_size)
+def _opened(dataset: str, root: str, image_size: int, fit: str, white: int | None) -> tuple[Split, Split]:
+    store = prepare(dataset, Path(root) if root else None, image_size, fit, white)
     return open_split(store, "train"), open_split(store, "test")
 
 

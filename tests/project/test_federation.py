@@ -167,10 +167,11 @@ class TestAFinishedRun:
     def test_shows_on_the_screen_what_happened(self, finished):
         lines = finished.screen.splitlines()
         assert lines[1].startswith("Images per site and class")
+        assert "images: 32 x 32 pixels (--image_size)" in lines
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
-        assert len(lines) <= 25
+        assert len(lines) <= 26
         assert "Accuracy of the global model (digits, dirichlet)" in lines
 
     def test_keeps_the_complete_nvflare_log(self, finished):

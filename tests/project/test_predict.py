@@ -22,7 +22,7 @@ from federation.run import model_card
 from federation.run.folder import RunFolder
 from model import LitNet
 from programs import PROJECT
-from settings import Options
+from settings import FITS, Options
 
 CLASSES = [*"0123456789"]
 OPTIONS = Options(dataset="digits", data_root="/home/ann/images", n_clients=2, classes=CLASSES)
@@ -142,6 +142,21 @@ def test_classes_and_normalization_are_those_of_the_training(runs, images, progr
     assert rows_of(program, "second", images) != before
 
 
+@pytest.mark.parametrize("fit", FITS)
+def test_files_are_read_as_for_training(images, tmp_path, fit):
+    for split in ("train", "test"):
+        shutil.copytree(images / "inner", tmp_path / "root" / split / "cat")
+        Image.fromarray(np.arange(0, 4080, 10, np.uint16).reshape(24, 17)).save(tmp_path / "root" / split / "cat/4.png")
+        shutil.copytree(tmp_path / "root" / split / "cat", tmp_path / "root" / split / "dog")
+    options = Options(dataset="image_folder", data_root=str(tmp_path / "root"), image_size=24, classes=["cat", "dog"])
+    options.image_fit, options.image_white = fit, 4095
+    module = data.SiteDataModule(None, options)
+    module.setup("test")
+    paths = sorted((tmp_path / "root" / "test").rglob("*.png"))
+    read = data.read_images(paths, json.loads(json.dumps(data.image_rule(options))))
+    assert (read.numpy() == module.parts["test"].images).all() and len(read) == 10
+
+
 def test_model_json_has_no_path_and_nothing_of_a_single_site(runs):
     text = (runs / "first" / "model.json").read_text()
     assert "/home/ann" not in text and "site-1" not in text
@@ -167,8 +182,9 @@ def test_the_sites_own_test_images_give_the_accuracies_of_the_run(project, tmp_p
             folder.mkdir(parents=True, exist_ok=True)
             image.resize((45 + i % 7, 80 - i % 5)).save(folder / f"{i}.jpg")
     flags = ["--dataset", "image_folder", "--data_root", str(tmp_path / "{site}"), "--local_epochs", "20"]
-    run = project.run("job.py", *flags, "--name", "first", "--image_size", "28")
+    run = project.run("job.py", *flags, "--name", "first", "--image_size", "28", "--image_fit", "pad")
     assert run.returncode == 0, run.stderr
+    assert "images: 28 x 28 pixels (--image_size), padded with black (--image_fit)" in run.stdout.splitlines()
     result = json.loads((project.folder / "runs" / "first" / "results.json").read_text())
     for which, flags in ((result, []), (result["best"], ["--best"])):
         for site, test in which["test"]["sites"].items():
@@ -244,13 +260,14 @@ def onnxruntime():
 
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_onnx_runtime_gives_the_same_probabilities(runs, images, program, onnxruntime, image_size):
-    add_run(runs / "second", Options(dataset="digits", image_size=image_size, classes=CLASSES))
+    options = Options(dataset="digits", image_size=image_size, classes=CLASSES)
+    add_run(runs / "second", options)
     rows = rows_of(program, "second", images)
     code, out, err = program("second", "--export", "model.onnx")
     assert (code, err) == (0, "") and "ONNX Runtime and PyTorch agree" in out
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "InferenceSession" in block]
-    pixels = data.read_images(sorted(images.rglob("*.png")), {"size": image_size}).numpy()
+    pixels = data.read_images(sorted(images.rglob("*.png")), data.image_rule(options)).numpy()
     said: list[list[str]] = []
     names = {"onnxruntime": onnxruntime, "json": json, "images": pixels, "print": said.append}
     exec(code, names)
