@@ -148,6 +148,7 @@ class TestAFinishedRun:
             "app/custom/federation/server/audit.py",
             "app/custom/federation/server/evaluation.py",
             "app/custom/federation/site/catalog.py",
+            "app/custom/federation/site/dicom.py",
             "app/custom/federation/site/fetch.py",
             "app/custom/federation/site/host.py",
             "app/custom/federation/site/partition.py",

@@ -21,10 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from federation.errors import UserError
+from federation.site.dicom import read_dicom
 from federation.site.fetch import fetch, new_deadline
 from settings import DATASETS
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".dcm")
 FORMATS = (
     "JPEG",
     "PNG",
@@ -36,7 +37,7 @@ FORMATS = (
 )  # Pillow's names; detected from the content, not the suffix
 EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-RULE = 2  # version of `read_image`; increase it if the returned pixels change, so that older stores are not used
+RULE = 3  # version of `read_image`; increase it if the returned pixels change, so that older stores are not used
 
 
 @dataclass(frozen=True)
@@ -358,6 +359,7 @@ def read_image(path: Path, image_size: int, fit: str = "stretch", white: int | N
       equal channels, CMYK becomes RGB by Pillow's formula. Color profiles are ignored.
     - Transparent pixels are blended with white, as most viewers do.
     - In gray images of 9 to 16 bits, PNG or TIFF, 0 is black, and `white` and larger values are white.
+    - DICOM files, with the suffix .dcm, are read by `read_dicom`.
     - The image becomes S x S, bilinearly: stretched, padded with black, or cropped around its center.
 
     Nothing is guessed. Without `white`, more than 8 bits are rejected: 12 bits stored in 16 would be almost black, and
@@ -373,6 +375,14 @@ def read_image(path: Path, image_size: int, fit: str = "stretch", white: int | N
     Raises:
         UserError: the image is rejected or cannot be read.
     """
+    from PIL import Image
+
+    image = Image.fromarray(read_dicom(path, white)) if path.suffix.lower() == ".dcm" else _read_file(path, white)
+    return np.asarray(_fit(image.convert("RGB"), image_size, fit)).transpose(2, 0, 1)
+
+
+def _read_file(path: Path, white: int | None) -> Any:
+    """Read an image as Pillow's, gray or color, of 8 bits; see `read_image`."""
     from PIL import Image, ImageOps
 
     try:
@@ -388,12 +398,11 @@ def read_image(path: Path, image_size: int, fit: str = "stretch", white: int | N
                         image = image.convert("LA")  # Pillow cannot convert it to RGBA directly
                     paper = Image.new("RGBA", image.size, "white")
                     image = Image.alpha_composite(paper, image.convert("RGBA"))
-                image = _fit(image.convert("RGB"), image_size, fit)
     except Exception as error:  # Pillow raises many types for a broken file
         raise UserError(f"{path} is not a readable image ({error}): repair or remove it") from None
     if refusal:
         raise UserError(f"{path} {refusal}")
-    return np.asarray(image).transpose(2, 0, 1)
+    return image
 
 
 def _fit(image: Any, image_size: int, fit: str) -> Any:
