@@ -16,7 +16,7 @@ from PIL import Image
 
 from template import PROJECT, TEMPLATE, BakedProject, run, surroundings
 
-JOB, RESULTS = "python job.py", "python results.py"
+JOB, RESULTS, PREDICT = "python job.py", "python results.py", "python predict.py"
 
 RUN_IN_TEMPLATE = ["make demo", "make lint"]
 NOT_RUN_IN_TEMPLATE = {
@@ -36,6 +36,8 @@ RUN_IN_PROJECT = {  # command -> flags added to keep the test short
     f"{RESULTS} first second": "",
     f"{RESULTS} first --html": "",
     f"{RESULTS} first second --html": "",
+    f"{PREDICT} latest /path/to/image.jpg": "",
+    f"{PREDICT} latest /path/to/images --csv": "",
     "python compare.py": "",
     f"{JOB} --dataset image_folder --data_root /path/to/images": "--prepare_only",
     f"{JOB} --dataset image_folder --data_root '/path/to/{{site}}/images'": "--prepare_only",
@@ -43,6 +45,7 @@ RUN_IN_PROJECT = {  # command -> flags added to keep the test short
     "make lint": "",
 }
 NOT_RUN_IN_PROJECT = {
+    f"{PREDICT} latest --export model.onnx": "needs two packages more; tests/project/test_predict.py runs it",
     f"{JOB} --env poc": "a minute; tests/project/test_sites.py runs it",
     f"{JOB} --env prod --startup_kit KIT --classes classes.txt": "tests/project/test_real_sites.py runs it",
 }
@@ -143,6 +146,7 @@ def test_the_commands_of_the_project_work(project):
             Image.new("RGB", (32, 32), (number, 0, 0)).save(image)
     for command, added in RUN_IN_PROJECT.items():  # in this order: results.py shows what job.py made
         command = command.replace("/path/to/images", "site-1/images").replace("/path/to/{site}", "{site}")
+        command = command.replace("/path/to/image.jpg", "site-1/images/train/class-0/0.png")
         as_typed_in(project.path, f"{command} {added}")
         if command == JOB:
             newest = (project.path / "runs" / "latest").resolve()

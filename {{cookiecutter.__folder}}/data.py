@@ -11,14 +11,17 @@ Lightning's hooks, the project relies on:
 - `counts`, after `setup()`: "train", "val", "test" -> class -> number of images, including zeros.
 - `indices`, after `setup()`: "train", "val" -> sorted rows of the training data, "test" -> rows of the test data.
 
+predict.py needs three functions more, without which everything else works: `image_rule`, `read_images`, `normalize`.
+
 Unusable data raises `UserError` with a one-line message.
 """
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from federation.errors import UserError
-from federation.site.catalog import Split, open_split, prepare
+from federation.site.catalog import Split, open_split, prepare, read_image
 from federation.site.partition import site_names, split
 from settings import Options
 
@@ -37,6 +40,24 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # float32 (B, 3, S, S), channels last
 
 # Batches are slices of an array; worker processes would only slow this down.
 warnings.filterwarnings("ignore", ".*does not have many workers")
+
+
+def image_rule(options: Options) -> dict[str, Any]:
+    """What the functions below must know. It travels with the model as JSON, in model.json."""
+    how = {"size": options.image_size, "fit": options.image_fit, "white": options.image_white}
+    return {"channels": 3, **how, "mean": MEAN, "std": STD}
+
+
+def read_images(paths: Sequence[Path], rule: dict[str, Any]) -> torch.Tensor:
+    """Read image files by the function that reads an image folder's: uint8 (N, 3, S, S)."""
+    return torch.from_numpy(np.stack([read_image(path, rule["size"], rule["fit"], rule["white"]) for path in paths]))
+
+
+def normalize(images: torch.Tensor, rule: dict[str, Any]) -> torch.Tensor:
+    """The model's input, float32 (B, 3, S, S), channels last, for images, uint8 of the same shape."""
+    # Channels last: on a CPU, this makes evaluation faster and training no slower.
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return images.mul_(1 / (255 * rule["std"])).sub_(rule["mean"] / rule["std"])
 
 
 class Images(Dataset[Batch]):
@@ -62,9 +83,7 @@ class Images(Dataset[Batch]):
         else:
             on_device = torch.tensor(places, device=self.device)
             images, labels = self.copy[0][on_device], self.copy[1][on_device]
-        # Channels last: on a CPU, this makes evaluation faster and training no slower.
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        return images.mul_(1 / (255 * STD)).sub_(MEAN / STD), labels
+        return normalize(images, {"mean": MEAN, "std": STD}), labels
 
     @cached_property
     def copy(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,12 +173,13 @@ def _loader(images: Images, batch_size: int, sampler: Sampler[int] | None = None
 
 def _open(site: str | None, options: Options) -> tuple[Split, Split]:
     """A site's source of training and test images, before partitioning."""
-    return _opened(options.dataset, (options.data_root or "").replace("{site}", site or ""), options.image_size)
+    root = (options.data_root or "").replace("{site}", site or "")
+    return _opened(options.dataset, root, options.image_size, options.image_fit, options.image_white)
 
 
 @cache
-def _opened(dataset: str, root: str, image_size: int) -> tuple[Split, Split]:
-    store = prepare(dataset, Path(root) if root else None, image_size)
+def _opened(dataset: str, root: str, image_size: int, fit: str, white: int | None) -> tuple[Split, Split]:
+    store = prepare(dataset, Path(root) if root else None, image_size, fit, white)
     return open_split(store, "train"), open_split(store, "test")
 
 

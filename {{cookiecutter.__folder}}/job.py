@@ -73,6 +73,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
 
     import results
     from federation.launch import display, machine, recipes, simulator, tracking
+    from federation.launch.distribution import notes as describe_images
     from federation.launch.nvflare_log import root_cause
     from federation.run import outcome, schema
     from federation.site.partition import hosts, site_names
@@ -97,7 +98,7 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     print(
         f"\n{ALGORITHMS[options.algorithm]}, sites: {options.n_clients}, rounds: {options.num_rounds}, log: {run.log}"
     )
-    for note in [*recipes.notes(options, run), *start.notes(options)]:
+    for note in [*describe_images(options), *recipes.notes(options, run), *start.notes(options)]:
         print(note)
 
     launch = simulator.simulate

@@ -20,6 +20,7 @@ PROJECT_NAME = "{{ cookiecutter.project_name | replace('\\', '\\\\') | replace('
 
 DATASETS = ("cifar10", "fashion_mnist", "bloodmnist", "digits", "image_folder")
 PARTITIONS = ("iid", "dirichlet", "shards", "none")
+FITS = {"stretch": "stretched", "pad": "padded with black", "crop": "cropped around their center"}
 ALGORITHMS = {"fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD", "fedopt": "FedOpt"}
 TRACKERS = ("none", "tensorboard", "mlflow", "wandb")
 FIXED, INHERITED = "fixed", "inherited"
@@ -61,6 +62,8 @@ class Options:
     dataset: str = data("{{ cookiecutter.dataset }}", "data set to train on", choices=DATASETS, resume=FIXED)
     data_root: str | None = data(None, "raw data; {site} is a site's name", env="FL_DATA_ROOT", resume=INHERITED)
     image_size: int = data(32, "width and height of the images, in pixels", least=16, resume=FIXED)
+    image_fit: str = data("stretch", "how images of your own become square", choices=(*FITS,), resume=FIXED)
+    image_white: int | None = data(None, "white, in gray images of more than 8 bits", least=1, most=65535, resume=FIXED)
     partition: str = data("iid", "how to partition the images across the sites", choices=PARTITIONS, resume=FIXED)
     alpha: float = data(0.5, "dirichlet: the smaller, the less similar the sites", above=0, resume=FIXED)
     shards_per_site: int = data(2, "shards: number per site", least=1, resume=FIXED)

@@ -1,13 +1,15 @@
-"""The Trainer's settings and the factory of the model, shared by the sites and compare.py."""
+"""The Trainer's settings, and the factory of the model, which is built and loaded nowhere else."""
 
 import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer
 
 import model as models
+from federation.errors import UserError
 from settings import Options
 
 
@@ -22,6 +24,21 @@ def make_model(options: Options | None = None, round_: int = 0) -> Any:
     model = getattr(models, options.model_class)(num_classes=len(options.classes), options=options)
     model.round = round_
     return model
+
+
+def load_model(file: Path, options: Options) -> Any:
+    """The LightningModule of a run with the weights in `file`, a state dict; in evaluation mode.
+
+    Raises:
+        UserError: the weights cannot be read, or do not fit the model.
+    """
+    model = make_model(options)
+    try:
+        model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+    except Exception as error:  # PyTorch raises many types for a broken file
+        fault = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(f"{file} does not load into {options.model_class}: {fault}") from None
+    return model.eval()
 
 
 def make_trainer(options: Options, max_epochs: int, callbacks: list[Callback] | None = None) -> Trainer:

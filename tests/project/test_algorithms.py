@@ -158,7 +158,7 @@ def test_a_run_is_resumed_by_its_path_as_a_shell_completes_it(runs, monkeypatch,
 BROKEN = {
     "no list of images": ("partition.json", None, "partition.json does not exist"),
     "a list of images that was cut short": ("partition.json", '{"cla', "partition.json is broken"),
-    "a model that was cut short": ("final.pt", "PK", "its model does not load into LitNet"),
+    "a model that was cut short": ("final.pt", "PK", "final.pt does not load into LitNet"),
 }
 
 

@@ -1,11 +1,15 @@
 """Whole federations, run as a user runs them. The first one is in the fast tier; the others are slow."""
 
+import csv
+import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from programs import PROJECT, Project
 from settings import Options
@@ -98,6 +102,27 @@ class TestAFinishedRun:
             assert n_images(data, "test") == test["images"]
             assert sum(right) / test["images"] == pytest.approx(test["accuracy"])
 
+    @pytest.mark.parametrize(("which", "flags"), [("final", []), ("best", ["--best"])])
+    def test_classifies_each_sites_test_images_as_reported(self, finished, tmp_path, which, flags):
+        from data import SiteDataModule
+
+        partition = self.partition(finished)
+        module = SiteDataModule("site-1", Options.of({**finished.result, "classes": partition["classes"]}))
+        module.setup("test")
+        for row, pixels in enumerate(module.parts["test"].images):
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{row}.png")
+        said = finished.run("predict.py", "first", str(tmp_path), "--csv", *flags)
+        assert (said.returncode, said.stderr) == (0, "")
+        classes = {int(Path(row["image"]).stem): row["class"] for row in csv.DictReader(io.StringIO(said.stdout))}
+        tested = finished.result["test"] if which == "final" else finished.result["best"]["test"]
+        for site, test in tested["sites"].items():
+            data = SiteDataModule(site, module.options)
+            data.setup("test")
+            own = data.parts["test"]
+            pairs = zip(own.rows, own.labels, strict=True)
+            right = [classes[row] == partition["classes"][label] for row, label in pairs]
+            assert sum(right) / len(right) == pytest.approx(test["accuracy"], abs=1e-6)
+
     def test_picks_the_best_model_by_validation_accuracy(self, finished):
         _, *trained = finished.result["rounds"]
         best = max(trained, key=lambda entry: (entry["accuracy"], entry["round"]))
@@ -123,6 +148,7 @@ class TestAFinishedRun:
             "app/custom/federation/server/audit.py",
             "app/custom/federation/server/evaluation.py",
             "app/custom/federation/site/catalog.py",
+            "app/custom/federation/site/dicom.py",
             "app/custom/federation/site/fetch.py",
             "app/custom/federation/site/host.py",
             "app/custom/federation/site/partition.py",
@@ -142,10 +168,11 @@ class TestAFinishedRun:
     def test_shows_on_the_screen_what_happened(self, finished):
         lines = finished.screen.splitlines()
         assert lines[1].startswith("Images per site and class")
+        assert "images: 32 x 32 pixels (--image_size)" in lines
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
-        assert len(lines) <= 25
+        assert len(lines) <= 26
         assert "Accuracy of the global model (digits, dirichlet)" in lines
 
     def test_keeps_the_complete_nvflare_log(self, finished):

@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -44,16 +43,16 @@ def conversions(monkeypatch) -> list[Path]:
     """The folders that were converted, one entry for each time."""
     converted, convert = [], catalog._convert_folder
 
-    def count(root, image_size, store):
+    def count(root, *arguments):
         converted.append(root)
-        return convert(root, image_size, store)
+        return convert(root, *arguments)
 
     monkeypatch.setattr(catalog, "_convert_folder", count)
     return converted
 
 
-def images_of(root: Path, split: str = "train", image_size: int = 4) -> np.ndarray:
-    return open_split(prepare("image_folder", root, image_size), split).images
+def images_of(root: Path, split: str = "train", image_size: int = 4, **how) -> np.ndarray:
+    return open_split(prepare("image_folder", root, image_size, **how), split).images
 
 
 def reds(root: Path, split: str = "train") -> list[int]:
@@ -180,13 +179,30 @@ def test_fewer_than_eight_bits_use_the_full_range(root):
     assert np.unique(images_of(root)[0]).tolist() == [255]
 
 
+DEEP = {  # gray, of a value that is a quarter of the range, with the value that is white
+    "12 bits in 16, png": (lambda: pillow("I;16", 1023, "PNG"), 4095, 64),
+    "12 bits in 16, tiff": (lambda: pillow("I;16", 1023, "TIFF"), 4095, 64),
+    "12 bits": (lambda: tiff([1023], 12), 4095, 64),
+    "16 bits": (lambda: pillow("I;16", 16383, "PNG"), 65535, 64),
+    "16 bits, big-endian": (lambda: pillow("I;16B", 16383, "TIFF"), 65535, 64),
+    "16 bits, white is zero": (lambda: tiff([1023], 16, photometric=0), 4095, 191),
+    "brighter than white": (lambda: pillow("I;16", 65535, "PNG"), 4095, 255),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_a_deep_gray_image_is_scaled_by_the_given_white(root, kind):
+    content, white, gray = DEEP[kind]
+    path = root / "train" / "aardvark" / "0.png"
+    path.parent.mkdir()
+    path.write_bytes(content())
+    assert "set --image_white to the value that is white" in failure(root)
+    images_of(root, white=1)  # has a copy of its own
+    assert np.unique(images_of(root, white=white)[0]).tolist() == [gray]
+    assert images_of(root, white=white)[1:, 0, 0, 0].tolist() == [10, 11, 12, 20, 21, 22]  # 8 bits stay as they are
+
+
 REFUSED = {
-    "12 bits in 16, png": (lambda: pillow("I;16", 4095, "PNG"), "more than 8 bits"),
-    "12 bits in 16, tiff": (lambda: pillow("I;16", 4095, "TIFF"), "more than 8 bits"),
-    "12 bits": (lambda: tiff([4095], 12), "more than 8 bits"),
-    "16 bits": (lambda: pillow("I;16", 65535, "PNG"), "more than 8 bits"),
-    "16 bits, big-endian": (lambda: pillow("I;16B", 65535, "TIFF"), "more than 8 bits"),
-    "16 bits, white is zero": (lambda: tiff([0], 16, photometric=0), "more than 8 bits"),
     "16 bits, color tiff": (lambda: tiff([4095] * 3, 16, photometric=2), "more than 8 bits"),
     "16 bits, color png": (lambda: png_16_bits(2, [4095] * 3), "more than 8 bits"),
     "16 bits, see-through gray png": (lambda: png_16_bits(4, [4095, 65535]), "more than 8 bits"),
@@ -209,8 +225,9 @@ def test_an_image_with_an_unknown_range_is_rejected(root, kind):
     content, reason = REFUSED[kind]
     path = root / "train" / "dog" / "0.png"  # the suffix does not matter
     path.write_bytes(content())
-    message = failure(root)
-    assert str(path) in message and reason in message
+    for white in (None, 4095):
+        message = data_error(prepare, "image_folder", root, 4, "stretch", white)
+        assert str(path) in message and reason in message
 
 
 def test_the_preview_in_a_cameras_jpeg_is_not_a_second_image(root):
@@ -266,16 +283,23 @@ def tiff(pixel: list[int], bits: int, photometric: int = 1, sample_format: int =
     return b"II*\0" + struct.pack("<I", 32) + pixels + bits_of_each + directory + bytes(4)
 
 
-def test_the_conversion_in_the_readme_makes_twelve_bit_images_readable(root):
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "4095" in block]
-    folder = root / "train" / "aardvark"
-    folder.mkdir()
-    values = np.array([[0, 4095], [2048, 1024]], np.uint16).repeat(2, axis=0).repeat(2, axis=1)
-    Image.fromarray(values).save(folder / "x-ray.tif")
-    exec(code, {"np": np, "Image": Image, "path": folder / "x-ray.tif", "copy": folder / "copy.png"})
-    (folder / "x-ray.tif").unlink()
-    assert images_of(root)[0, 0, ::2, ::2].tolist() == [[0, 255], [128, 64]]
+FITTED = {  # an image of three gray bands, three times as wide as high; the gray at nine places of the square
+    "stretch": [[10, 120, 250]] * 3,
+    "pad": [[0, 0, 0], [10, 120, 250], [0, 0, 0]],
+    "crop": [[120, 120, 120]] * 3,
+}
+
+
+@pytest.mark.parametrize("fit", FITTED)
+def test_an_image_of_another_shape_is_fitted_as_chosen(root, fit, conversions):
+    (root / "train" / "aardvark").mkdir()
+    bands = np.array([10, 120, 250], np.uint8).repeat(20)
+    Image.fromarray(np.stack([bands] * 20)).save(root / "train" / "aardvark" / "0.png")
+    images_of(root, image_size=12)
+    places = [1, 6, 10]
+    image = images_of(root, image_size=12, fit=fit)[0]
+    assert image[:, places][:, :, places].tolist() == [FITTED[fit]] * 3
+    assert len(conversions) == (1 if fit == "stretch" else 2)  # each has a copy of its own
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (640, 480), (4, 4)], ids=str)
@@ -484,7 +508,7 @@ import os, sys
 from pathlib import Path
 from federation.site import catalog
 
-catalog._read_image = lambda *args: os._exit(9)
+catalog.read_image = lambda *args: os._exit(9)
 catalog.prepare("image_folder", Path(sys.argv[1]), 4)
 """
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+import data
 from data import SiteDataModule
 from federation.errors import UserError
 from federation.site.catalog import SOURCES, check_classes
 from federation.site.partition import site_names
-from settings import Options
+from settings import FITS, Options
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ def describe(options: Options) -> Distribution:
         for site, own in found.items()
     }
     return Distribution(classes, sites, counts)
+
+
+def notes(options: Options) -> list[str]:
+    """A message for the user: how images become the model's input, if data.py says so."""
+    if not hasattr(data, "image_rule"):
+        return []
+    fitted = f", {FITS[options.image_fit]} (--image_fit)" if options.dataset == "image_folder" else ""
+    return [f"images: {options.image_size} x {options.image_size} pixels (--image_size){fitted}"]
 
 
 def known_classes(options: Options) -> list[str]:

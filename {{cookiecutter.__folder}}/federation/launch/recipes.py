@@ -25,7 +25,7 @@ from federation.server.heartbeat import DEAD_CLIENT_TIMING, HeartbeatMonitor
 from federation.site.host import SiteHost
 from federation.site.partition import hosts, site_names
 from settings import Options
-from trainer import make_model
+from trainer import load_model, make_model
 
 TASK_INTERVAL_S = 0.5  # how often a site asks for its next task; NVFlare's default is 2
 TASK_CHECK_S = 0.05  # how often the server checks whether a round is over; NVFlare's default is 0.5
@@ -41,9 +41,7 @@ def build(options: Options, distribution: Distribution, start: Start, run: RunFo
         run: the run's folder.
     """
     torch.manual_seed(options.seed)
-    model = make_model(options)
-    if start.model:
-        model.load_state_dict(torch.load(start.model, weights_only=True))
+    model = load_model(start.model, options) if start.model else make_model(options)
     run.bundle.mkdir()  # travels with the job, next to the code
     torch.save(model.state_dict(), run.bundle / INITIAL)
     (run.bundle / OPTIONS).write_text(json.dumps(options.of_run(), indent=2), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +64,7 @@ class Start:
         Raises:
             UserError: a check failed.
         """
-        import torch
-
-        from trainer import make_model
+        from trainer import load_model
 
         if self.model is None:
             return
@@ -78,12 +75,9 @@ class Start:
                 before, now = before.get("classes"), now["classes"]
             if before != now:
                 raise UserError("its sites had different images: use the same --data_root")
-            make_model(options).load_state_dict(torch.load(self.model, weights_only=True))
+            load_model(self.model, options)
         except UserError as error:
             raise UserError(f"--resume {self.run}: {error}") from None
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            fault = f"its model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
-            raise UserError(f"--resume {self.run}: {fault}") from None
 
     def notes(self, options: Options) -> list[str]:
         """Messages for the user: which state restarts, and how the learning-rate schedule has changed, if it has."""

@@ -41,9 +41,7 @@ def confusion(run: RunFolder, result: dict[str, Any], classes: list[str]) -> dic
     options = dataclasses.replace(Options.of(result), classes=classes, gpu=False)
     options.data_root = os.environ.get("FL_DATA_ROOT") or options.data_root
     n_classes = len(classes)
-    model = trainer.make_model(options)
-    model.load_state_dict(torch.load(run.path / result["model"], weights_only=True))
-    model.eval()
+    model = trainer.load_model(run.path / result["model"], options)
     whole, matrices = np.zeros((n_classes, n_classes), dtype=np.int64), {}
     for site, test in tests.items():
         data = SiteDataModule(site, options)

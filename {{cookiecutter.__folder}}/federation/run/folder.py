@@ -12,6 +12,7 @@ from federation.protocol import AUDIT_LOG, BEST, FINAL, PROGRESS, ROUNDS, JsonLi
 PROJECT = Path(__file__).resolve().parents[2]
 RUNS = Path("runs")  # relative to the project, job.py's working directory
 LATEST = "latest"  # link to the newest finished run
+RESULTS, MODEL_CARD = "results.json", "model.json"
 
 
 class RunFolder:
@@ -32,8 +33,9 @@ class RunFolder:
         self.server = self.workspace / "server" / "simulate_job"  # the server's run folder
         self.poc = path / "federation"  # startup kits of a POC, where its server and sites work
         # After the run
-        self.results = path / "results.json"
+        self.results = path / RESULTS
         self.final, self.best = path / FINAL, path / BEST  # global models
+        self.model_card = path / MODEL_CARD  # what is needed to use them elsewhere
         self.last = path / "last.pt"  # failed run: global model after the last finished round
         self.audit_log = path / AUDIT_LOG
         self.tensorboard = path / "tensorboard"
@@ -64,17 +66,18 @@ class RunFolder:
                 time.sleep(0.1)  # another run started within this second
 
     @classmethod
-    def find(cls, name: str) -> "RunFolder":
+    def find(cls, name: str, file: str = RESULTS) -> "RunFolder":
         """The folder of a finished run, given its name or its path as a shell completes it: `first`, `runs/first/`.
 
         Raises:
-            UserError: there is no such run, or it has no result.
+            UserError: there is no such run, or it lacks this file.
         """
-        path = Path(name)
-        run = cls((PROJECT / RUNS / path if len(path.parts) == 1 else path).resolve())
-        if not run.results.is_file():
-            raise UserError(f"{run.results} does not exist: finish a run with python job.py")
-        return run
+        places = [(PROJECT / RUNS / name).resolve(), Path(name).resolve()]
+        for place in places:
+            if (place / file).is_file():
+                return cls(place)
+        missing = places[len(Path(name).parts) > 1] / file
+        raise UserError(f"{missing} does not exist: finish a run with python job.py")
 
     def point_latest(self) -> None:
         """Make runs/latest a link to this run."""

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from federation import protocol
-from federation.errors import RunError
+from federation.errors import RunError, UserError
 from federation.protocol import read_json_lines
-from federation.run import timing
+from federation.run import model_card, timing
 from federation.run.folder import RunFolder
 from federation.run.metrics import weighted_mean
 from settings import Options
-from trainer import make_model
+from trainer import load_model
 
 
 def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any]:
     """Collect what the server wrote: metrics of every round, the final model, the best model, the audit log.
 
     Args:
-        run: receives `final.pt` and `best.pt`, plain state dicts, and the audit log.
+        run: receives `final.pt` and `best.pt`, plain state dicts, their `model.json`, and the audit log.
         options: of the run. With `patience` there may be fewer rounds; outside the simulator, sites may be lost.
         sites: the sites that the job was sent to.
 
@@ -68,16 +68,18 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         site: {name.removeprefix(protocol.HOLDS): n for name, n in report.items() if name.startswith(protocol.HOLDS)}
         for site, report in reports.items()
     }
+    tested, best_tested = _test(reports), _test(best_reports)
+    model_card.write(run, options, {protocol.FINAL: tested, protocol.BEST: best_tested})
     return {
         "rounds": [
             _validation(number, own, asked[number], lost) | {"participants": trained.get(number)}
             for number, own in curve.items()
         ],
         "stopped_early": stopped_early,
-        "test": _test(reports),
+        "test": tested,
         "model": protocol.FINAL,
         "sha256": fingerprint(torch.load(run.final, weights_only=True)),
-        "best": {"round": best["round"], "model": protocol.BEST, "test": _test(best_reports)},
+        "best": {"round": best["round"], "model": protocol.BEST, "test": best_tested},
         "lost": lost,
         "rejected": rejected,
         "images": {
@@ -128,9 +130,9 @@ def find_fault(run: RunFolder, result: dict[str, Any], options: Options, sites: 
     initial = torch.load(run.bundle / protocol.INITIAL, weights_only=True)
     final = torch.load(run.final, weights_only=True)
     try:
-        make_model(options).load_state_dict(final)
-    except RuntimeError as error:
-        return f"the final model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
+        load_model(run.final, options)
+    except UserError as error:
+        return str(error)
     if all(torch.allclose(initial[name], final[name]) for name in initial):  # averaging alone changes the last bits
         return "the final model is the same as the initial one"
     if not all(torch.isfinite(tensor).all() for tensor in final.values()):

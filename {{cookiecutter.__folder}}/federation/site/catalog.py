@@ -21,10 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from federation.errors import UserError
+from federation.site.dicom import read_dicom
 from federation.site.fetch import fetch, new_deadline
 from settings import DATASETS
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".dcm")
 FORMATS = (
     "JPEG",
     "PNG",
@@ -36,7 +37,7 @@ FORMATS = (
 )  # Pillow's names; detected from the content, not the suffix
 EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-RULE = 2  # version of `_read_image`; increase it if the returned pixels change, so that older stores are not used
+RULE = 3  # version of `read_image`; increase it if the returned pixels change, so that older stores are not used
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
+def prepare(dataset: str, root: Path | None, image_size: int, fit: str = "stretch", white: int | None = None) -> Path:
     """Create a data set's store unless it exists, and return its folder.
 
     Several processes may call this at the same time: one does the work, the others wait. Removes the store of an
@@ -164,13 +165,14 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
         dataset: one of settings.DATASETS.
         root: folder of the raw data: a public data set's archive (None: the cache folder), or the image folder.
         image_size: S, width and height of the converted images in pixels.
+        fit, white: of an image folder: see `read_image`. Public data sets have square images of 8 bits.
 
     Raises:
         UserError: the data is not available or cannot be read.
     """
     from filelock import FileLock
 
-    name, state = _store_name(dataset, root, image_size)
+    name, state = _store_name(dataset, root, image_size, fit, white)
     cache = cache_folder()
     store = cache / f"{name}{state}"
     if store.is_dir():
@@ -182,7 +184,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
             if not store.is_dir():  # another process may have created it during the wait for the lock
                 with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as unfinished:
                     if dataset == "image_folder":
-                        classes = _convert_folder(root or Path(), image_size, Path(unfinished))
+                        classes = _convert_folder(root or Path(), image_size, fit, white, Path(unfinished))
                     else:
                         classes = _convert_public(dataset, root, image_size, Path(unfinished))
                     Path(unfinished, "classes.txt").write_text("\n".join(classes), encoding="utf-8")
@@ -239,14 +241,14 @@ def check_classes(names: dict[str, list[str]]) -> None:
                 )
 
 
-def _store_name(dataset: str, root: Path | None, image_size: int) -> tuple[str, str]:
+def _store_name(dataset: str, root: Path | None, image_size: int, fit: str, white: int | None) -> tuple[str, str]:
     """A store's name in two parts: the data set, and the state of its images; empty for public data sets."""
     if dataset == "image_folder":
         if root is None:
             raise UserError(
                 "image_folder needs a folder with train/<class>/<image>: set --data_root DIR or FL_DATA_ROOT"
             )
-        place = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size}\n")).hexdigest()[:16]
+        place = hashlib.sha256(os.fsencode(f"{root.resolve()} {image_size} {fit} {white}\n")).hexdigest()[:16]
         return f"image_folder-{place}", f"-{_fingerprint(root)}"
     if dataset not in SOURCES:
         raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
@@ -268,14 +270,12 @@ def _convert_public(dataset: str, root: Path | None, image_size: int, store: Pat
 
 def _square(images: np.ndarray, image_size: int) -> np.ndarray:
     """uint8 (N, H, W) or (N, H, W, 3) to uint8 (N, 3, S, S)."""
-    import torch
-    from torchvision.transforms.v2.functional import resize
+    from PIL import Image
 
+    if images.shape[1:3] != (image_size, image_size):
+        images = np.stack([np.asarray(_fit(Image.fromarray(image), image_size, "stretch")) for image in images])
     color = images if images.ndim == 4 else images[..., np.newaxis].repeat(3, axis=3)
-    tensor = torch.from_numpy(np.ascontiguousarray(color.transpose(0, 3, 1, 2)))
-    if tensor.shape[-2:] != (image_size, image_size):
-        tensor = torch.cat([resize(part, [image_size, image_size], antialias=True) for part in tensor.split(1000)])
-    return tensor.numpy()
+    return np.ascontiguousarray(color.transpose(0, 3, 1, 2))
 
 
 # ---- folders of images
@@ -311,7 +311,7 @@ def _raise(error: OSError) -> None:
         raise error
 
 
-def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
+def _convert_folder(root: Path, image_size: int, fit: str, white: int | None, store: Path) -> list[str]:
     found = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
     check_classes({str(root / split): list(of_class) for split, of_class in found.items()})
     classes = sorted(set().union(*found.values()))
@@ -326,7 +326,7 @@ def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
         images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
         bar = tqdm(pairs, desc=f"Converting {split} images", disable=not sys.stderr.isatty())
         for i, (path, _) in enumerate(bar):
-            images[i] = _read_image(path, image_size)
+            images[i] = read_image(path, image_size, fit, white)
         images.flush()
         np.save(store / f"{split}-labels.npy", np.array([classes.index(name) for _, name in pairs], dtype=np.int64))
     return classes
@@ -339,50 +339,83 @@ def _find_images(folder: Path) -> dict[str, list[Path]]:
         raise UserError(f"{folder} is empty: expected {folder}/<class>/<image>")
     found: dict[str, list[Path]] = {}
     for name in classes:
-        paths = (Path(inner, file) for inner, files in _walk(folder / name) for file in files)
-        found[name] = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        found[name] = images_in(folder / name)
         if not found[name]:
             raise UserError(f"{folder / name} has no images: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
     return found
 
 
-def _read_image(path: Path, image_size: int) -> np.ndarray:
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and its subfolders, recognized by their suffix and sorted by name, without hidden ones."""
+    paths = (Path(inner, file) for inner, files in _walk(folder) for file in files)
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def read_image(path: Path, image_size: int, fit: str = "stretch", white: int | None = None) -> np.ndarray:
     """Read an image of any size as uint8 (3, S, S). The rule depends neither on other images nor on the site.
 
     - The EXIF orientation is applied.
     - Up to 8 bits per channel are kept: 0 is black, the largest value white. Palettes are resolved, gray becomes three
       equal channels, CMYK becomes RGB by Pillow's formula. Color profiles are ignored.
     - Transparent pixels are blended with white, as most viewers do.
-    - The image is stretched to S x S, bilinearly.
+    - In gray images of 9 to 16 bits, PNG or TIFF, 0 is black, and `white` and larger values are white.
+    - DICOM files, with the suffix .dcm, are read by `read_dicom`.
+    - The image becomes S x S, bilinearly: stretched, padded with black, or cropped around its center.
 
-    Nothing is guessed. More than 8 bits per channel, floating-point and signed values are rejected: 12 bits stored in
-    16 would be almost black, and a scale estimated from the images would differ between sites. So are files with
-    several images (except a camera's JPEG, whose first image is the photograph) and LAB colors.
+    Nothing is guessed. Without `white`, more than 8 bits are rejected: 12 bits stored in 16 would be almost black, and
+    a scale estimated from the images would differ between sites. So are colors of more than 8 bits, floating-point and
+    signed values, files with several images (except a camera's JPEG, whose first image is the photograph), and LAB.
+
+    Args:
+        path: of the image.
+        image_size: S, in pixels.
+        fit: one of settings.FITS.
+        white: see above.
 
     Raises:
         UserError: the image is rejected or cannot be read.
     """
+    from PIL import Image
+
+    image = Image.fromarray(read_dicom(path, white)) if path.suffix.lower() == ".dcm" else _read_file(path, white)
+    return np.asarray(_fit(image.convert("RGB"), image_size, fit)).transpose(2, 0, 1)
+
+
+def _read_file(path: Path, white: int | None) -> Any:
+    """Read an image as Pillow's, gray or color, of 8 bits; see `read_image`."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path, formats=FORMATS) as file:
-            if not (refusal := _refusal(file)):
+            if not (refusal := _refusal(file, white)):
                 image: Image.Image = ImageOps.exif_transpose(file)
+                if white and image.mode[0] == "I":
+                    values = np.asarray(image).astype(np.float64).clip(0, white) * (255 / white)
+                    inverted = getattr(file, "tag_v2", {}).get(262) == 0  # a TIFF with 0 for white, as on film
+                    image = Image.fromarray((255 - values if inverted else values).round().astype(np.uint8))
                 if image.mode in TRANSPARENT or "transparency" in image.info:
                     if image.mode == "La":
                         image = image.convert("LA")  # Pillow cannot convert it to RGBA directly
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image.convert("RGBA"))
-                side = (image_size, image_size)
-                image = image.convert("RGB").resize(side, Image.Resampling.BILINEAR, reducing_gap=2.0)
+                    paper = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(paper, image.convert("RGBA"))
     except Exception as error:  # Pillow raises many types for a broken file
         raise UserError(f"{path} is not a readable image ({error}): repair or remove it") from None
     if refusal:
         raise UserError(f"{path} {refusal}")
-    return np.asarray(image).transpose(2, 0, 1)
+    return image
 
 
-def _refusal(image: Any) -> str:
+def _fit(image: Any, image_size: int, fit: str) -> Any:
+    """A Pillow image as a square one; see `read_image`."""
+    from PIL import Image, ImageOps
+
+    side, bilinear = (image_size, image_size), Image.Resampling.BILINEAR
+    if fit == "stretch":
+        return image.resize(side, bilinear, reducing_gap=2.0)
+    return {"pad": ImageOps.pad, "crop": ImageOps.fit}[fit](image, side, bilinear)
+
+
+def _refusal(image: Any, white: int | None) -> str:
     """Why an image that Pillow has opened but not loaded is rejected, and what to do; empty if it is not."""
     if (n_images := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
         return f"has {n_images} images: save each one as its own file"
@@ -393,6 +426,10 @@ def _refusal(image: Any) -> str:
         bits = 16
     if image.format == "PPM" and isinstance(coding, tuple):
         bits = int(coding[1]).bit_length()
+    deep = image.format in ("PNG", "TIFF") and image.mode[0] == "I" and sample_format == 1 and 8 < bits <= 16
+    if deep:
+        how = "set --image_white to the value that is white, such as 4095 for 12 bits"
+        return "" if white else f"has more than 8 bits per pixel: {how}"
     if bits > 8 or sample_format != 1 or image.mode[0] in "IF":
         kinds = {1: "more than 8 bits per channel", 2: "signed values", 3: "floating-point values"}
         return (
