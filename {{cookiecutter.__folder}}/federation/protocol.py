@@ -29,6 +29,8 @@ STARTING, VALIDATING, TRAINING, TESTING = "starting", "validating", "training", 
 PREDICTING, EVALUATING, WAITING, DONE = "predicting", "evaluating", "waiting", "done"
 PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITING)  # of a site
 
+LEDGER_VARIABLE = "FL_LEDGER"  # the folder of a site's ledger; job.py sets it in a simulation and in a POC
+
 # Keys of a site's answers.
 METRIC = "val_acc"  # models are compared by this
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images

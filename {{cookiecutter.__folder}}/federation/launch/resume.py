@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,11 @@ class Start:
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             fault = f"its model does not load into {options.model_class}: {str(error).splitlines()[-1].strip()}"
             raise UserError(f"--resume {self.run}: {fault}") from None
+
+    def copy_ledgers(self, run: RunFolder) -> None:
+        """Let the simulated sites continue their ledgers."""
+        if self.model and (before := RunFolder(self.model.parent).ledger).exists():
+            shutil.copytree(before, run.ledger)
 
     def notes(self, options: Options) -> list[str]:
         """Messages for the user: which state restarts, and how the learning-rate schedule has changed, if it has."""
