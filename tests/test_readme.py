@@ -38,6 +38,7 @@ RUN_IN_PROJECT = {  # command -> flags added to keep the test short
     f"{RESULTS} first second --html": "",
     f"{PREDICT} latest /path/to/image.jpg": "",
     f"{PREDICT} latest /path/to/images --csv": "",
+    "python ledger.py runs/first/ledger/site-1.jsonl": "",
     "python compare.py": "",
     f"{JOB} --dataset image_folder --data_root /path/to/images": "--prepare_only",
     f"{JOB} --dataset image_folder --data_root '/path/to/{{site}}/images'": "--prepare_only",

@@ -17,6 +17,7 @@ from pytorch_lightning import LightningModule, seed_everything
 
 from data import SiteDataModule
 from federation.protocol import HOLDS, PROGRESS, TEST_IMAGES, VAL_IMAGES
+from federation.site.leak import membership
 from federation.site.progress import Progress
 from settings import Options
 from trainer import make_model, make_trainer, n_images, training_seed
@@ -72,8 +73,8 @@ def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
 def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, options: Options) -> FLModel:
     """Answer an evaluation task: metrics of the received model on the site's validation and test images.
 
-    Includes the numbers of images, by which the server weights the metrics, and if the site shares them, those per
-    class.
+    Includes the numbers of images, by which the server weights the metrics; if the site shares them, those per class;
+    and with `--leak_test`, two numbers on membership inference.
     """
     print("--- evaluate global model ---")
     model.load_state_dict(received.params)
@@ -82,6 +83,8 @@ def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, op
     if os.environ.get(SHARE_VARIABLE) == "1":
         train, val = data.counts["train"], data.counts["val"]
         metrics |= {f"{HOLDS}{name}": train.get(name, 0) + val.get(name, 0) for name in options.classes}
+    if options.leak_test:
+        metrics |= membership(model, data, options.seed)
     for evaluate_on in (evaluator.validate, evaluator.test):
         metrics.update(*evaluate_on(model, datamodule=data, verbose=is_watched(options)))
     return FLModel(metrics=metrics)

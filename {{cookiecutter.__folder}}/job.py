@@ -19,7 +19,7 @@ from federation.errors import RunError, UserError, exit_code, show
 from federation.launch.model_file import check_model
 from federation.launch.options import PROJECT, parse
 from federation.launch.resume import Start
-from federation.protocol import write_json
+from federation.protocol import LEDGER_VARIABLE, write_json
 from federation.run.folder import RunFolder
 from settings import ALGORITHMS, Options
 
@@ -89,7 +89,9 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
     try:
         write_json(run.partition, dataclasses.asdict(distribution))
         environment = tracking.environment(options.tracking, run)
+        environment[LEDGER_VARIABLE] = str(run.ledger.resolve())
         write_job(options, distribution, start, run, environment)
+        start.copy_ledgers(run)
     except BaseException:  # nothing has run, so free the name again
         shutil.rmtree(run.path)
         raise

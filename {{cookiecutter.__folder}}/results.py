@@ -71,6 +71,8 @@ def show(result: dict[str, Any]) -> None:
     worst = f"; worst site {test['worst']}" if len(test["sites"]) > 1 and test["worst"] else ""
     metrics = f"accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}"
     print(f"Final test {metrics}; {result['wall_s']:.0f} s in total")
+    for sentence in schema.privacy(result):
+        print(sentence)
     for warning in schema.caveats(result):
         print(f"WARNING: {warning}")
     if result["stopped_early"]:

@@ -52,6 +52,7 @@ training = partial(option, "training")
 federated = partial(option, "algorithm")
 simulation = partial(option, "simulation")
 sites = partial(option, "real sites")
+privacy = partial(option, "privacy")
 output = partial(option, "output")
 
 
@@ -101,6 +102,8 @@ class Options:
     wait: float = sites(60.0, "seconds to wait for the server and the sites", above=0, local=True)
     site_timeout: float = sites(86_400.0, "seconds a site may take for a round; POC, too", above=0)
     export: str | None = sites(None, "write the job to DIR instead of submitting it", metavar="DIR", local=True)
+
+    leak_test: bool | None = privacy(None, "measure what the final model's loss gives away  [simulator: yes]")
 
     resume: str | None = output(None, "resume from the final model of runs/RUN", metavar="RUN", local=True)
     name: str | None = output(None, "write the run to runs/NAME  [date and time]", local=True)

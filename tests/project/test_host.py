@@ -17,6 +17,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 import client
 from federation.protocol import COHORT, DESCRIBED, LEFT_OUT, SITES
 from federation.site.host import SiteHost
+from federation.site.ledger import read
 from federation.sums import AnswerSum
 from settings import Options
 from trainer import make_model
@@ -27,7 +28,7 @@ def task(tmp_path, monkeypatch, options):
     """task(name, sites, **meta): what a host answers that has just been started, and the weights that it was given."""
     monkeypatch.setattr(client, "seed_everything", lambda *_, **__: None)
     context = FLContext()
-    workspace = SimpleNamespace(get_log_root=lambda job_id: str(tmp_path))
+    workspace = SimpleNamespace(get_log_root=lambda job_id: str(tmp_path), get_root_dir=lambda: str(tmp_path))
     context.get_engine = lambda: SimpleNamespace(get_workspace=lambda: workspace)
     context.get_job_id = lambda: "job"
 
@@ -80,6 +81,43 @@ def test_a_host_describes_what_each_site_would_send(task):
     assert record["sites"] == ["site-1", "site-2"]
     assert {tensor["dtype"] for tensor in record["tensors"]} == {"float32"} and len(record["tensors"]) == 10
     assert set(record["metrics"]) == {"val_acc", "val_loss"}
+
+
+def test_each_site_of_a_host_keeps_a_ledger_of_its_own(task, tmp_path):
+    task(AppConstants.TASK_TRAIN, "site-1", "site-2")
+    task(AppConstants.TASK_VALIDATION, "site-2")
+    first, second = (read(tmp_path / "ledger" / f"site-{number}.jsonl") for number in (1, 2))
+    assert [(record["site"], record["task"], record["round"]) for record in first] == [("site-1", "train", 0)]
+    assert [(record["site"], record["task"]) for record in second] == [("site-2", "train"), ("site-2", "validate")]
+    assert len(first[0]["tensors"]) == 10 and set(first[0]["metrics"]) == {"val_acc", "val_loss"}
+    assert second[1]["tensors"] == [] and {"val_images", "test_images", "test_acc"} <= set(second[1]["metrics"])
+
+
+def test_a_ledger_lists_the_curves_that_a_tracker_gets(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("federation.site.host.send_analytic_dxo", lambda *_: None)
+    given = Options.__init__
+
+    def tracked(self, *arguments, **values):
+        given(self, *arguments, **{**values, "tracking": "tensorboard"})
+
+    monkeypatch.setattr(Options, "__init__", tracked)
+    task(AppConstants.TASK_TRAIN, "site-1")
+    (record,) = read(tmp_path / "ledger" / "site-1.jsonl")
+    assert {"train/loss", "val/acc", "test/acc"} <= set(record["curves"])
+
+
+def test_a_failed_task_is_in_the_ledger(task, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.SiteDataModule.setup", lambda *_: 1 / 0)
+    task(AppConstants.TASK_TRAIN, "site-1")
+    (record,) = read(tmp_path / "ledger" / "site-1.jsonl")
+    assert (record["task"], record["tensors"], record["metrics"]) == ("train", [], [])
+
+
+def test_nothing_leaves_a_site_that_cannot_write_its_ledger(task, tmp_path):
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "site-1.jsonl").write_text("incomplete")
+    reply, _ = task(AppConstants.TASK_TRAIN, "site-1")
+    assert reply.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
 
 
 def test_a_host_leaves_out_a_site_whose_answer_fails_the_checks(task, monkeypatch):

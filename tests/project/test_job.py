@@ -230,7 +230,7 @@ def test_help_lists_every_flag_with_its_default(project):
         assert flag in run.stdout
     assert "[default: 16; x>=1]" in run.stdout
     groups = [line for line in run.stdout.splitlines() if re.fullmatch(r"\w.*:", line)]
-    assert groups[:6] == ["Data:", "Training:", "Algorithm:", "Simulation:", "Real sites:", "Output:"]
+    assert groups[:7] == ["Data:", "Training:", "Algorithm:", "Simulation:", "Real sites:", "Privacy:", "Output:"]
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--n_clients", "0"]], ids=["help", "an invalid flag"])

@@ -166,7 +166,7 @@ def written(run):
 class TestAPage:
     def test_has_its_sections_in_order(self, run):
         page = written(run)
-        named = ["rounds", "distribution", "confusion", "time", "audit", "configuration"]
+        named = ["rounds", "distribution", "confusion", "time", "privacy", "audit", "configuration"]
         assert list(page.sections) == named
         assert "My project" in page.text and "fedavg on digits, iid; run first" in page.text
 

@@ -29,9 +29,13 @@ STARTING, VALIDATING, TRAINING, TESTING = "starting", "validating", "training", 
 PREDICTING, EVALUATING, WAITING, DONE = "predicting", "evaluating", "waiting", "done"
 PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITING)  # of a site
 
+LEDGER_VARIABLE = "FL_LEDGER"  # the folder of a site's ledger; job.py sets it in a simulation and in a POC
+
 # Keys of a site's answers.
 METRIC = "val_acc"  # models are compared by this
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
+LEAK_AUC, LEAK_TPR = "leak_auc", "leak_tpr"  # membership inference: site/leak.py
+LEAK_IMAGES = 500  # at most so many training images and as many test images are used for it
 HOLDS = "holds "  # prefix of a class name: number of the site's training and validation images
 
 # In the meta of an answer for several sites: site -> `metrics` of the model that it received, its numbers of `train`

@@ -149,6 +149,8 @@ def _check(options: Options, given: set[str], start: Start) -> None:
             why = "with {site}, each site has its own" if own_roots else "real sites have their own: use none"
             raise UserError(f"--partition {options.partition} splits one data set, but {why}")
         options.partition = "none"
+    if options.leak_test is None:
+        options.leak_test = options.env == "sim"
     _check_environment(options, given)
     _check_numbers(options, given)
     if options.data_root:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,11 @@ class Start:
             load_model(self.model, options)
         except UserError as error:
             raise UserError(f"--resume {self.run}: {error}") from None
+
+    def copy_ledgers(self, run: RunFolder) -> None:
+        """Let the simulated sites continue their ledgers."""
+        if self.model and (before := RunFolder(self.model.parent).ledger).exists():
+            shutil.copytree(before, run.ledger)
 
     def notes(self, options: Options) -> list[str]:
         """Messages for the user: which state restarts, and how the learning-rate schedule has changed, if it has."""

@@ -59,6 +59,7 @@ def write(run: RunFolder) -> Path:
         timeline=plots.timeline(phases) if phases else None,
         seconds=timing.totals(phases) or result["timing"],
         kinds=timing.KINDS,
+        leak=_by_site(schema.leak(result)),
         audit=_audit(run, result),
         files=[
             [path.relative_to(run.job).as_posix(), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]

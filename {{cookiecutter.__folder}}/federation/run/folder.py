@@ -32,6 +32,7 @@ class RunFolder:
         self.workspace = path / "workspace"  # one folder for the server and one per site
         self.server = self.workspace / "server" / "simulate_job"  # the server's run folder
         self.poc = path / "federation"  # startup kits of a POC, where its server and sites work
+        self.ledger = path / "ledger"  # the sites' own ledgers, except of real sites
         # After the run
         self.results = path / RESULTS
         self.final, self.best = path / FINAL, path / BEST  # global models

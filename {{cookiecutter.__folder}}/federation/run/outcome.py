@@ -27,8 +27,9 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         sites: the sites that the job was sent to.
 
     Returns:
-        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images` and `timing`, as
-        README.md documents them, and `counts`: site -> class -> number of images, empty unless real sites report it.
+        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `leak`, `lost`, `rejected`, `images` and
+        `timing`, as README.md documents them, and `counts`: site -> class -> number of images, empty unless real sites
+        report it.
 
     Raises:
         RunError: rounds or the final evaluation are missing.
@@ -80,6 +81,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         "model": protocol.FINAL,
         "sha256": fingerprint(torch.load(run.final, weights_only=True)),
         "best": {"round": best["round"], "model": protocol.BEST, "test": best_tested},
+        "leak": _leak(reports),
         "lost": lost,
         "rejected": rejected,
         "images": {
@@ -191,6 +193,15 @@ def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
             site: {"accuracy": accuracies[site], "loss": losses[site], "images": images[site]} for site in reports
         },
         "worst": min(rated, key=rated.__getitem__, default=None),
+    }
+
+
+def _leak(reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Membership inference at the sites that measured it: `auc`, `tpr`."""
+    return {
+        site: {"auc": report[protocol.LEAK_AUC], "tpr": report[protocol.LEAK_TPR]}
+        for site, report in reports.items()
+        if protocol.LEAK_AUC in report and protocol.LEAK_TPR in report
     }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from federation.errors import UserError
+from federation.protocol import LEAK_IMAGES
 from federation.run.folder import RunFolder
-from federation.run.metrics import some
+from federation.run.metrics import as_text, quantiles, some
 from settings import INHERITED, Options
 
 VERSION = 2
@@ -89,7 +90,7 @@ def read(run: RunFolder) -> dict[str, Any]:
         entry.setdefault("missing", [])
         entry.setdefault("participants", None)
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
-    usual |= {"rejected": [], "images": {}}
+    usual |= {"rejected": [], "images": {}, "leak": {}}
     return {**usual, **dict.fromkeys(ADDED_KEYS), **result}
 
 
@@ -108,6 +109,29 @@ def coverage(result: dict[str, Any]) -> list[str]:
         found.append(f"In each round, {size} {n_sites} trained ({len(set().union(*cohorts)):,} in at least one).")
     if result.get("evaluate_sites"):
         found.append(f"The final test covers {len(result['test']['sites']):,} {n_sites}.")
+    return found
+
+
+def leak(result: dict[str, Any]) -> dict[str, list[Any]]:
+    """Membership inference: site -> images of each kind, AUC, its standard error without any leak, TPR at 1 % FPR."""
+    rows = {}
+    for site, own in result["leak"].items():
+        train = result["images"].get(site, {}).get("train", LEAK_IMAGES)  # unknown if it never trained
+        n = min(LEAK_IMAGES, train, result["test"]["sites"][site]["images"])
+        rows[site] = [n, own["auc"], ((2 * n + 1) / 12) ** 0.5 / n, own["tpr"]]
+    return rows
+
+
+def privacy(result: dict[str, Any]) -> list[str]:
+    """Sentences on what the final model gives away. Empty if nothing is known."""
+    found = []
+    if rows := leak(result):
+        site, (_, auc, error, tpr) = max(rows.items(), key=lambda row: row[1][1])
+        median = as_text(quantiles(row[1] for row in rows.values())[2])
+        found.append(
+            f"Leak test: median AUC {median}, highest {as_text(auc)} at {site}, where guessing gives 0.500 ± "
+            f"{as_text(error)}; {as_text(tpr)} of its training images found at 1 % false positives."
+        )
     return found
 
 

@@ -1,8 +1,8 @@
 """NVFlare's executor at every site, in simulator, POC and production: a task is a call of `client.main`.
 
 A real site runs in a process of its own. In a simulation, a process can be a host: it runs its share of the sites, one
-after the other, and answers for all of them. Nothing outlives a task by accident; what must, SCAFFOLD's control variate
-of each site, is a file.
+after the other, and answers for all of them. Nothing outlives a task by accident; what must is a file: SCAFFOLD's
+control variate of each site, and its ledger.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ import torch
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
@@ -34,6 +35,7 @@ from nvflare.client.utils import numerical_params_diff
 import client
 from federation.exchange import SiteCheck, describe, specs_of
 from federation.protocol import COHORT, DESCRIBED, LEFT_OUT, PROGRESS, STARTING, WAITING, append_json, save_tensors
+from federation.site.ledger import append, code_hash, place
 from federation.site.partition import hosts
 from federation.site.progress import announce
 from federation.sums import CHANGE, AnswerSum
@@ -58,10 +60,17 @@ class SiteHost(Executor):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
-            self.folder = Path(fl_ctx.get_engine().get_workspace().get_log_root(fl_ctx.get_job_id()))
+            workspace, job = fl_ctx.get_engine().get_workspace(), fl_ctx.get_job_id()
+            self.folder = Path(workspace.get_log_root(job))
             announce(self.folder / PROGRESS, STARTING)
             options, name = Options.of_job(), fl_ctx.get_identity_name()
             self.sites = hosts(options).get(name, [name]) if options.simulated else [name]
+            root = Path(workspace.get_root_dir())
+            self.ledgers = {site: place(root, site, options.data_root) for site in self.sites}
+            submitter = (fl_ctx.get_prop(FLContextKey.JOB_META) or {}).get(JobMetaKey.SUBMITTER_NAME)
+            code = code_hash(Path(client.__file__).parents[1])
+            self.job = {"job": job, "submitter": submitter, "code": code}
+            self.durable = options.env == "prod"
             self.is_host = self.sites != [name]
             self.check = SiteCheck(options.algorithm, options.classes)
             self.send_difference = options.algorithm == "fedopt"
@@ -97,11 +106,26 @@ class SiteHost(Executor):
         return message
 
     def _answer(self, site: str, task: str, received: FLModel, fl_ctx: FLContext) -> FLModel:
+        curves = set()
+
         def log(key: str, value: Any, data_type: Any, **details: Any) -> None:
+            curves.add(key)
             tag = f"{site}/{key}" if self.is_host else key
             send_analytic_dxo(self, create_analytic_dxo(tag, value, data_type, **details), fl_ctx)
 
-        return call_client(site, task, received, self.folder, self.send_difference, log)
+        left: dict[str, Any] = {
+            "tensors": [],
+            "metrics": [],
+            "meta": {},
+        }  # if the task fails, only the fact that it did
+        try:
+            answer = call_client(site, task, received, self.folder, self.send_difference, log)
+            left = describe(FLModelUtils.to_shareable(answer))
+            del left["round"], left["headers"]  # NVFlare's own, which it adds later
+            return answer
+        finally:
+            record = {"site": site, **self.job, "task": task, "round": received.current_round, **left}
+            append(self.ledgers[site], {**record, "curves": sorted(curves)}, self.durable)
 
 
 def call_client(
