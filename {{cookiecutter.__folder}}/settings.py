@@ -102,7 +102,7 @@ class Options:
     site_timeout: float = sites(86_400.0, "seconds a site may take for a round; POC, too", above=0)
     export: str | None = sites(None, "write the job to DIR instead of submitting it", metavar="DIR", local=True)
 
-    resume: str | None = output(None, "resume from the final model of runs/RUN", metavar="RUN", local=True)
+    resume: str | None = output(None, "resume runs/RUN from its last model", metavar="RUN", local=True)
     name: str | None = output(None, "write the run to runs/NAME  [date and time]", local=True)
     overwrite: bool = output(False, "replace runs/NAME if it exists", local=True)
     tracking: str = output("none", "experiment tracker", choices=TRACKERS)

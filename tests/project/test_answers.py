@@ -214,8 +214,8 @@ def test_a_global_model_that_is_not_finite_ends_the_run_and_keeps_the_one_before
     (reason,) = server.panics
     assert reason.startswith("the global model is not finite after round 2: lower --learning_rate")
     assert json.loads((tmp_path / "failure.json").read_text()) == {"reason": reason}
-    kept = torch.load(tmp_path / "final.pt", weights_only=True)
-    assert torch.equal(kept["w"], torch.ones(2, 3))
+    kept = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert kept["round"] == 1 and torch.equal(kept["model"]["w"], torch.ones(2, 3))
 
 
 def from_host(**changes) -> Shareable:

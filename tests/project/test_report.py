@@ -535,8 +535,8 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path):
 
     second = make_run(tmp_path / "<b>second", seed=7)
     compared = {run.name: schema.read(run), second.name: schema.read(second)}
-    rows = results.compare(compared)
-    page = Page(report.write_comparison(compared, rows, tmp_path / "comparison.html"))
+    rows = results.compare(compared, None)
+    page = Page(report.write_comparison(compared, rows, tmp_path / "comparison.html", "Read <b>this</b>."))
     assert ["seed", "0", "7"] in page.rows["table"]
     assert [attributes for tag, attributes in page.tags if tag == "tr" and attributes] == [{"class": "differs"}]
     assert page.plots() == ["accuracy by round: first, <b>second", "loss by round: first, <b>second"]
@@ -547,7 +547,7 @@ def test_curves_of_a_resumed_run_begin_where_it_began(run, tmp_path):
     result = schema.read(run)
     for entry in result["rounds"]:
         entry["round"] += 70
-    page = Page(report.write_comparison({"first": result}, [["", "first"]], tmp_path / "comparison.html"))
+    page = Page(report.write_comparison({"first": result}, [["", "first"]], tmp_path / "comparison.html", ""))
     assert "72" in page.sections["rounds"]
 
 

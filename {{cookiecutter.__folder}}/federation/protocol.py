@@ -21,6 +21,7 @@ REJECTED = "rejected.jsonl"  # rejected answers: server/answers.py
 FAILURE = "failure.json"  # the `reason` for which the server ended the run
 COHORTS = "cohorts.jsonl"  # which sites took part, if not all: server/cohort.py
 AUDIT_LOG = "audit.jsonl"  # what left the sites: server/audit.py
+LAST = "last.pt"  # after each round: its number as `round`, from 1, and the global model's state dict as `model`
 FINAL, BEST = "final.pt", "best.pt"  # state dicts of the global model
 
 # The file in which sites and hosts (site/progress.py) and the server (starting, done) announce what they are doing.

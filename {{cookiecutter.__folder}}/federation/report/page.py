@@ -68,19 +68,20 @@ def write(run: RunFolder) -> Path:
     )
 
 
-def write_comparison(results: dict[str, dict[str, Any]], rows: list[list[str]], file: Path) -> Path:
-    """Write a page that compares several finished runs, and return its path.
+def write_comparison(results: dict[str, dict[str, Any]], rows: list[list[str]], file: Path, reading: str) -> Path:
+    """Write a page that compares several runs, and return its path.
 
     Args:
         results: name of a run -> its results.json.
         rows: one per property: its name, then its value in each run, as text.
         file: where to write the page.
+        reading: how to read the table, in a sentence.
     """
     curves = {}
     for metric in ("accuracy", "loss"):
         series = {name: {entry["round"]: entry[metric] for entry in of["rounds"]} for name, of in results.items()}
         curves[metric] = plots.curves(series, metric)
-    return _render(file, runs=list(results), rows=rows, curves=curves)
+    return _render(file, runs=list(results), rows=rows, curves=curves, reading=reading)
 
 
 def _render(file: Path, **values: Any) -> Path:

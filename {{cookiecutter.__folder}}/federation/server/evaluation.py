@@ -24,7 +24,7 @@ from federation.protocol import (
     BEST,
     DONE,
     EVALUATION,
-    FINAL,
+    LAST,
     METRIC,
     PROGRESS,
     REJECTED,
@@ -94,7 +94,7 @@ class FinalEvaluation(ModelController):
 
     def run(self) -> None:
         folder = run_folder(self.fl_ctx)
-        final = self.evaluate(torch.load(folder / FINAL, weights_only=True), self.n_aggregations)
+        final = self.evaluate(torch.load(folder / LAST, weights_only=True)["model"], self.n_aggregations)
         report = {"final": final, "best": final}
         validation = {site: (metrics, metrics[VAL_IMAGES]) for site, metrics in final["sites"].items()}
         if self.best and not is_at_least_as_good(validation, self.best, self.sampled):
