@@ -79,6 +79,13 @@ def show(result: dict[str, Any]) -> None:
     metrics = f"accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}"
     if finished:
         print(f"Final test {metrics}; {result['wall_s']:.0f} s in total")
+    if values := test.get("metrics"):
+        majority = test["majority"]
+        print(
+            "Final test " + ", ".join(f"{name} {as_text(own[0])}" for name, own in values.items() if name != "accuracy")
+        )
+        print("95 % interval of the accuracy: {1:.3f} to {2:.3f}".format(*values["accuracy"]), end="; ")
+        print(f"always {majority['class']}: {as_text(majority['metrics']['accuracy'])}")
     for warning in schema.caveats(result):
         print(f"WARNING: {warning}")
     if result["stopped_early"]:

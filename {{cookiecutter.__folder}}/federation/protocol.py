@@ -34,6 +34,10 @@ PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITI
 METRIC = "val_acc"  # models are compared by this
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
 HOLDS = "holds "  # prefix of a class name: number of the site's training and validation images
+# Arrays in the metrics of a final evaluation, of the test images: see site/scores.py and run/classification.py.
+CONFUSION, SCORES, CALIBRATION = "test_confusion", "test_scores", "test_calibration"
+TEST_COUNTS = (CONFUSION, SCORES, CALIBRATION)
+N_SCORES, N_CONFIDENCES = 128, 15  # bins
 
 # In the meta of an answer for several sites: site -> `metrics` of the model that it received, its numbers of `train`
 # and `val` images. FinalEvaluation takes it out of the mean, because whatever is in there is sent to all sites.

@@ -116,6 +116,27 @@ def heat_map(matrix: np.ndarray, rows: list[str], columns: list[str], label: str
 
 
 @matplotlib.rc_context(STYLE)
+def reliability(calibration: np.ndarray, label: str) -> str:
+    """Plot the share of correct predictions against their probability, and how many there are.
+
+    Args:
+        calibration: (3, bins), as in `classification.Counts`.
+        label: description for screen readers.
+    """
+    n, correct, probability = calibration
+    known = n > 0
+    figure = Figure(figsize=(3.6, 4.2), layout="constrained")
+    axes, below = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+    axes.plot((0, 1), (0, 1), "--", color="#666666", linewidth=1, label="perfectly calibrated")
+    axes.plot(probability[known] / n[known], correct[known] / n[known], "o-", color=COLORS["computing"], label="model")
+    axes.set(ylabel="share of correct predictions", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(fontsize=8)
+    below.stairs(n, np.linspace(0, 1, len(n) + 1), fill=True, color=COLORS["computing"])
+    below.set(xlabel="probability of the predicted class", ylabel="images")
+    return _svg(figure, label)
+
+
+@matplotlib.rc_context(STYLE)
 def timeline(phases: dict[str, list[tuple[float, float, str]]]) -> str:
     """Plot the result of `timing.phases`: one row per process; in each interval, the share of each kind."""
     figure = Figure(figsize=(10, 0.9 + 0.26 * min(len(phases), MAX_NAMES)), layout="constrained")

@@ -54,6 +54,7 @@ class RunFolder:
         self.final, self.best = path / FINAL, path / BEST  # global models
         self.model_card = path / MODEL_CARD  # what is needed to use them elsewhere
         self.last = path / LAST  # unfinished run: global model after the last finished round
+        self.test_counts = path / "test_counts.json"  # how the final model classified the test images
         self.audit_log = path / AUDIT_LOG
         self.tensorboard = path / "tensorboard"
         # Written by results.py and compare.py

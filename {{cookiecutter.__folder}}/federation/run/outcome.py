@@ -11,6 +11,7 @@ from federation import protocol
 from federation.errors import RunError, UserError
 from federation.protocol import read_json_lines, save_tensors, write_json
 from federation.run import model_card, timing
+from federation.run.classification import Counts
 from federation.run.folder import RunFolder
 from federation.run.metrics import by_number, validation, weighted_mean
 from settings import Options
@@ -76,7 +77,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
             for number, own in curve.items()
         ],
         "stopped_early": stopped_early,
-        "test": tested,
+        "test": {**tested, **_classification(run, final.get("counts", {}), options)},
         "model": protocol.FINAL,
         "sha256": fingerprint(model),
         "best": {"round": best["round"], "model": protocol.BEST, "test": best_tested},
@@ -167,6 +168,21 @@ def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
             site: {"accuracy": accuracies[site], "loss": losses[site], "images": images[site]} for site in reports
         },
         "worst": min(rated, key=rated.__getitem__, default=None),
+    }
+
+
+def _classification(run: RunFolder, counts: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Keep how the final model classified the test images, and compute `metrics`, `majority` and `never_predicted`."""
+    if not counts:
+        return {}
+    sites = {site: counts[site] for site in sorted(counts, key=by_number)}
+    write_json(run.test_counts, {"classes": options.classes, "sites": sites})
+    of_all = Counts.of(*sites.values())
+    (values, (bounds, _)), (majority, baseline) = (of_all.metrics(), of_all.intervals(options.seed)), of_all.majority()
+    return {
+        "metrics": {name: [value, *map(float, bounds.get(name, ()))] for name, value in values.items()},
+        "majority": {"class": options.classes[majority], "metrics": baseline},
+        "never_predicted": [options.classes[number] for number in of_all.never_predicted()],
     }
 
 

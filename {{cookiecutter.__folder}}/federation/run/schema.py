@@ -180,6 +180,8 @@ def coverage(result: dict[str, Any]) -> list[str]:
 def caveats(result: dict[str, Any]) -> list[str]:
     """Warnings about a run's metrics, one line each: missing sites, rejected answers, a dominant site."""
     found, rejected, excluded = [], [], []
+    if unused := result["test"].get("never_predicted"):
+        found.append(f"never predicted on test images that have it: class {some(unused)}")
     if result["lost"]:
         found.append(f"no final evaluation from {some(result['lost'])}: the means exclude them")
     for record in result["rejected"]:
