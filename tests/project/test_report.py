@@ -153,7 +153,7 @@ def written(run):
 class TestAPage:
     def test_has_its_sections_in_order(self, run):
         page = written(run)
-        named = ["rounds", "test", "distribution", "time", "audit", "configuration"]
+        named = ["about", "rounds", "test", "distribution", "time", "audit", "configuration"]
         assert list(page.sections) == named
         assert "My project" in page.text and "fedavg on digits, iid; run first" in page.text
 
@@ -198,6 +198,44 @@ class TestAPage:
         files = {row[0]: row[1:] for row in rows}
         assert files["app/client.py"] == ["8", hashlib.sha256(b"print()\n").hexdigest()]
         assert "/home/ann" not in page.html
+
+    def test_begins_with_how_it_was_made(self, run):
+        result = schema.read(run)
+        command = ["job.py", "--data_root=/home/ann/x", "--startup_kit", "kits/ann", "--seed", "0"]
+        origin = {"command": command, "started": "2026-01-02T03:04:05+00:00", "commit": "abc1", "clean": False}
+        save(run, {**result, **origin})
+        page = written(run)
+        facts = dict(page.rows["about"])
+        assert facts["Command"] == "python job.py --data_root=PATH --startup_kit PATH --seed 0"
+        assert facts["Started"] == "2026-01-02 03:04:05+00:00"
+        assert facts["Code"] == "commit abc1, with changes that are not committed"
+        assert facts["Images"] == "digits, 32 × 32 pixels, fitted by: stretch"
+        assert facts["Split"] == "6 training, 3 validation, 3 test; no image is in two of these parts"
+        assert facts["Seed"].startswith("0: ")
+        assert "ann" not in page.html
+        save(run, {**result, **origin, "clean": True})
+        assert dict(written(run).rows["about"])["Code"] == "commit abc1"
+
+    def test_has_the_comparison_with_training_without_a_federation(self, run):
+        rows = {key: {"all": 0.5, "sites": dict.fromkeys(SITES, 0.25)} for key in schema.COMPARED}
+        comparison = {"run": "first", "model_class": "LitNet", "epochs": 2, "rows": rows}
+        run.comparison.write_text(json.dumps(comparison), encoding="utf-8")
+        page = written(run)
+        assert page.rows["compared"][0] == ["model, test images", "all sites", *SITES]
+        assert page.rows["compared"][2] == ["federated", "0.500", "0.250", "0.250", "0.250"]
+        assert "Test accuracy with and without the federation" in page.plots()
+
+    def test_can_be_read_by_a_screen_reader(self, run):
+        """Tables have headers, and what scrolls can be reached by keyboard and has a name of its own."""
+        add_answers(run, ("site-1", answer()))
+        page = written(run)
+        assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
+        assert not [row for rows in page.rows.values() for row in rows if not row[0]]
+        boxes = [attributes for tag, attributes in page.tags if "wide" in attributes.get("class", "")]
+        assert all(box["tabindex"] == "0" and box["role"] for box in boxes)
+        regions = [box["aria-label"] for box in boxes if box["role"] == "region"]
+        assert len(set(regions)) == len(regions) > 5
+        assert len(page.plots()) == sum(tag == "svg" for tag, _ in page.tags)
 
     def test_of_an_older_run_says_what_is_unknown(self, run):
         result = schema.read(run)
@@ -309,7 +347,7 @@ class TestManySites:
 
     def test_have_a_timeline_of_their_hosts(self, many):
         _, page = many
-        assert [row[0] for row in page.rows["time"]] == ["seconds", "host-1", "host-2", "host-3", "host-4"]
+        assert [row[0] for row in page.rows["time"]] == ["process", "host-1", "host-2", "host-3", "host-4"]
 
 
 class TestRealSites:

@@ -5,6 +5,8 @@ This module computes the content; page.html.j2 has the text and the layout.
 
 import hashlib
 import json
+import re
+import shlex
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +58,8 @@ def write(run: RunFolder) -> Path:
         distribution=_distribution(partition),
         images=_by_site({site: [len(own[part]) for part in parts] for site, own in partition["sites"].items()}),
         classification=classification,
+        about=_about(run, result, partition),
+        compared=_compared(run),
         metrics=METRICS,
         class_metrics=CLASS_METRICS,
         timeline=plots.timeline(phases) if phases else None,
@@ -90,6 +94,47 @@ def _render(file: Path, **values: Any) -> Path:
     page = TEMPLATES.get_template("page.html.j2").render(values, title=PROJECT_NAME)
     file.write_text(page, encoding="utf-8", errors="replace")
     return file
+
+
+def _about(run: RunFolder, result: dict[str, Any], partition: dict[str, Any]) -> dict[str, str]:
+    """What a reader has to know before trusting the numbers: name of a fact -> text. Paths are private."""
+    words = [re.sub("(^|=)[^=]*/.*", r"\1PATH", word) for word in result["command"] or []]
+    commit = {True: "", False: ", with changes that are not committed", None: ""}[result["clean"]]
+    size, fit = result.get("image_size"), result.get("image_fit", "stretch")
+    parts = {"train": "training", "val": "validation", "test": "test"}
+    sums = {title: sum(len(own[part]) for own in partition["sites"].values()) for part, title in parts.items()}
+    how = {"dirichlet": f", alpha {result['alpha']}", "shards": f", {result['shards_per_site']} per site"}
+    found = {
+        "Run": run.name + (f", resumed from {result['resumed']['run']}" if result["resumed"] else ""),
+        "Command": f"python {shlex.join(words)}" if words else "unknown",
+        "Started": (result["started"] or "unknown").replace("T", " "),
+        "Code": f"commit {result['commit']}{commit}" if result["commit"] else "unknown: not in a git repository",
+        "Model": f"{result['model_class'] or 'unknown'}, trained by {result['algorithm']}",
+        "Images": f"{result['dataset']}, {size} × {size} pixels, fitted by: {fit}",
+        "Split": ", ".join(f"{n:,} {title}" for title, n in sums.items()) + "; no image is in two of these parts",
+        "Sites": f"{result['n_clients']:,}, partition: {result['partition']}{how.get(result['partition'], '')}",
+        "Seed": f"{result['seed']}: of weights, partition, split, shuffling, and intervals",
+    }
+    if not partition["sites"]:
+        found["Split"] = "unknown: each site has its own images"
+    return found
+
+
+def _compared(run: RunFolder) -> dict[str, Any] | None:
+    """What compare.py found out, if it has run: a table's `header` and `rows`, and a `plot`."""
+    if not run.comparison.exists():
+        return None
+    comparison = schema.read_json(run.comparison)
+    rows = {title: comparison["rows"][key] for key, title in schema.COMPARED.items()}
+    values = [[own["sites"][site] for own in rows.values()] for site in rows["federated"]["sites"]]
+    columns = _by_site(dict(zip(rows["federated"]["sites"], values, strict=True)))
+    return {
+        "header": ["model, test images", "all sites", *columns],
+        "rows": [
+            [title, own["all"], *(each[i] for each in columns.values())] for i, (title, own) in enumerate(rows.items())
+        ],
+        "plot": plots.as_svg(plots.baselines(comparison), "Test accuracy with and without the federation"),
+    }
 
 
 def _by_site(rows: dict[str, list[Any]]) -> dict[str, Any]:

@@ -24,6 +24,12 @@ STAGE_OPTIONS = [  # may differ between a run and the one that it resumes
     for each in fields(Options)
     if each.metadata.get("resume") == INHERITED and each.metadata["group"] == "training" and each.name != "num_rounds"
 ]
+COMPARED = {  # key in compare.json -> title
+    "centralized": "centralized",
+    "federated": "federated",
+    "alone": "alone, own test images",
+    "alone_on_all": "alone, all test images",
+}
 ADDED_KEYS = (  # missing from older files
     *("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing", "threads", "total_rounds"),
     *("stages", "command", "started", "commit", "clean"),
