@@ -19,11 +19,12 @@ from data import SiteDataModule
 from federation.protocol import HOLDS, PROGRESS, TEST_IMAGES, VAL_IMAGES
 from federation.site.leak import membership
 from federation.site.progress import Progress
+from federation.site.scores import ScoreCounts
 from settings import Options
 from trainer import make_model, make_trainer, n_images, training_seed
 
 FEW_SITES = 8  # for someone to look at each one
-SHARE_VARIABLE = "FL_SHARE_COUNTS"  # a site sets it to 1 to share its number of images per class
+SHARE_VARIABLE = "FL_SHARE_COUNTS"  # a site sets it to 1 to share numbers of images per class
 
 
 def main() -> None:
@@ -73,20 +74,25 @@ def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
 def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, options: Options) -> FLModel:
     """Answer an evaluation task: metrics of the received model on the site's validation and test images.
 
-    Includes the numbers of images, by which the server weights the metrics; if the site shares them, those per class;
-    and with `--leak_test`, two numbers on membership inference.
+    Includes the numbers of images, by which the server weights the metrics. If the site shares them, also those per
+    class; then, and in every simulation, counts of how the test images were classified. With `--leak_test`, two numbers
+    on membership inference.
     """
     print("--- evaluate global model ---")
     model.load_state_dict(received.params)
-    evaluator = make_trainer(options, 1, [Progress("none", flare.get_config().get(PROGRESS), evaluating=True)])
+    scores = ScoreCounts(len(options.classes))
+    evaluator = make_trainer(options, 1, [Progress("none", flare.get_config().get(PROGRESS), evaluating=True), scores])
     metrics: dict[str, Any] = {VAL_IMAGES: n_images(data, "val"), TEST_IMAGES: n_images(data, "test")}
-    if os.environ.get(SHARE_VARIABLE) == "1":
+    is_shared = os.environ.get(SHARE_VARIABLE) == "1"
+    if is_shared:
         train, val = data.counts["train"], data.counts["val"]
         metrics |= {f"{HOLDS}{name}": train.get(name, 0) + val.get(name, 0) for name in options.classes}
     if options.leak_test:
         metrics |= membership(model, data, options.seed)
     for evaluate_on in (evaluator.validate, evaluator.test):
         metrics.update(*evaluate_on(model, datamodule=data, verbose=is_watched(options)))
+    if is_shared or options.simulated:
+        metrics |= scores.counts()
     return FLModel(metrics=metrics)
 
 

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import sys
-import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -33,17 +32,10 @@ from federation.launch.options import PROJECT, Command, read_arguments
 from federation.protocol import write_json
 from federation.run import schema
 from federation.run.folder import RunFolder
-from federation.run.metrics import MAX_SITES, as_text, weighted_mean
+from federation.run.metrics import MAX_SITES, weighted_mean
 from settings import Options
 from trainer import n_images
 
-ROWS = {
-    "centralized": "centralized",
-    "federated": "federated",
-    "alone": "alone, own test images",
-    "alone_on_all": "alone, all test images",
-}
-COLORS = ("#0072b2", "#009e73", "#d55e00", "#e69f00")  # Okabe & Ito: safe for color blindness
 console = Console()
 
 
@@ -186,11 +178,13 @@ def show(comparison: dict[str, Any]) -> None:
     """Print a compare.json as a table, and the differences that matter."""
     rows = comparison["rows"]
     title = f"Test accuracy ({comparison['model_class']}, epochs: {comparison['epochs']})"
-    results.print_by_site(title, {name: (rows[key]["all"], rows[key]["sites"]) for key, name in ROWS.items()})
+    results.print_by_site(
+        title, {name: (rows[key]["all"], rows[key]["sites"]) for key, name in schema.COMPARED.items()}
+    )
     federated = rows["federated"]["all"]
     if federated is None:
         return
-    gain = {key: f"{federated - rows[key]['all']:+.3f}" for key in ROWS}
+    gain = {key: f"{federated - rows[key]['all']:+.3f}" for key in schema.COMPARED}
     alone = {site: value for site, value in rows["alone"]["sites"].items() if value is not None}
     n_gains = sum(rows["federated"]["sites"][site] > value for site, value in alone.items())
     print(f"\nFederated minus alone, own test images: {gain['alone']} ({n_gains:,} of {len(alone):,} sites gain)")
@@ -199,39 +193,10 @@ def show(comparison: dict[str, Any]) -> None:
 
 
 def plot(comparison: dict[str, Any], file: Path) -> None:
-    """Plot the table: one group of bars for all sites, and one per site; with many sites, one box per row."""
-    from matplotlib.figure import Figure  # not pyplot, which may open a window
+    """Plot the table."""
+    from federation.report import plots  # matplotlib takes a second to import
 
-    rows = comparison["rows"]
-    sites = list(rows["federated"]["sites"])
-    many = len(sites) > MAX_SITES
-    figure = Figure(figsize=(7 if many else max(6, 2.5 + 1.5 * len(sites)), 4.5), layout="constrained")
-    axes = figure.subplots()
-    width = 0.88 / len(ROWS)
-    for i, (key, title) in enumerate(ROWS.items()):
-        if many:
-            known = [value for value in rows[key]["sites"].values() if value is not None]
-            look = {"patch_artist": True, "boxprops": {"facecolor": COLORS[i]}, "medianprops": {"color": "black"}}
-            name = title.replace(", ", ",\n")
-            axes.boxplot(known, positions=[i], widths=0.5, whis=(0, 100), tick_labels=[name], **look)
-            axes.plot(i, rows[key]["all"], "D", color="white", markeredgecolor="black")
-            continue
-        heights = [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)]
-        places = [group + (i - (len(ROWS) - 1) / 2) * width for group in range(len(heights))]
-        bars = axes.bar(places, [height or 0 for height in heights], width, label=title, color=COLORS[i])
-        axes.bar_label(bars, map(as_text, heights), fontsize=7)
-    if many:
-        figure.supxlabel(
-            f"{len(sites):,} sites from min to max; box: the middle half; line: median; diamond: mean", size=9
-        )
-    else:
-        axes.set_xticks(range(1 + len(sites)), [textwrap.fill(site, 14) for site in ("all sites", *sites)])
-        axes.margins(x=0.01)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    axes.set(ylabel="test accuracy", ylim=(0, 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{comparison['run']}: {comparison['model_class']}, epochs: {comparison['epochs']}")
-    figure.savefig(file, dpi=150)
+    plots.baselines(comparison).savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,9 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
         print("WARNING: --gpu was given, but no CUDA GPU is available: training on the CPU")
     if options.simulated:
         options.threads, options.n_hosts = machine.n_threads(options.n_clients), machine.n_hosts(options)
+    record = {**schema.origin(), "resumed": start.resumed, "stages": start.stages}
     try:
+        run.begin(record)
         write_json(run.partition, dataclasses.asdict(distribution))
         environment = tracking.environment(options.tracking, run)
         environment[LEDGER_VARIABLE] = str(run.ledger.resolve())
@@ -116,11 +118,14 @@ def federate(options: Options, distribution: "Distribution", start: Start, run: 
         collected = outcome.collect(run, options, sites)
     except RunError as error:
         raise RunError(outcome.failure(run, error, bool(root_cause(run.workspace)))) from None
+    except KeyboardInterrupt:
+        print(outcome.left_behind(run) or "no round had finished", file=sys.stderr)
+        raise
     finally:
         tracking.collect(options.tracking, run)
     shared = collected.pop("counts")  # each real site decides whether to share them
     device = torch.cuda.get_device_name() if options.gpu and has_gpu else "cpu"
-    result = schema.compose(options, collected, device, time.monotonic() - STARTED, start.resumed, start.stages)
+    result = schema.compose(options, collected, device, time.monotonic() - STARTED, record)
     try:  # before printing anything, so that no output error can lose the result
         write_json(run.results, result, indent=1)
         if shared:

@@ -4,7 +4,8 @@ Replace them or add your own: `--model NAME` accepts any LightningModule defined
 this:
 
 - `NAME(num_classes, options)` builds it, also on the server; `options` are those of settings.py.
-- `validation_step` logs `val_acc` and `val_loss`; `test_step` logs `test_acc` and `test_loss`.
+- `validation_step` logs `val_acc` and `val_loss`; `test_step` logs `test_acc` and `test_loss`, and returns the logits
+  (B, num_classes), from which the report has sensitivity, AUROC and the like.
 - Everything learned is in `state_dict()`, which is what travels: each round creates a new model.
 
 For schedules over the whole run, the attribute `round` (from 0) is set, and `options.total_rounds` is known. Random
@@ -98,8 +99,8 @@ class LitNet(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluate(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return self.evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         return self.evaluate(batch)

@@ -1,12 +1,14 @@
-"""Show finished runs: `python results.py [RUN ...]`, by default the newest; `--html` writes a page instead.
+"""Show runs: `python results.py [RUN ...]`, by default the newest that finished; `--html` writes a page instead.
 
-Several runs are compared side by side. job.py prints its tables with these functions, too.
+Several runs are compared side by side, by their validation accuracy; `--list` lists them. job.py prints its tables with
+these functions, too.
 """
 
 import federation.launch.packages  # noqa: F401 (first: without them, nothing below works)
 
 # isort: split
 import sys
+import textwrap
 from typing import Any, Literal
 
 import click
@@ -16,13 +18,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from federation.errors import exit_code
-from federation.launch.options import Command, read_arguments
+from federation.errors import UserError, exit_code
+from federation.launch.options import FLAGS, Command, read_arguments
 from federation.run import schema
 from federation.run.folder import PROJECT, RUNS, RunFolder
 from federation.run.metrics import QUANTILES, as_text, quantiles, worst_sites
+from settings import Options
 
 MAX_ROWS = 20  # on the screen
+WHY = "the highest of several test accuracies is partly luck, so choose by validation accuracy"
 
 
 def show_distribution(counts: dict[str, dict[str, int]]) -> None:
@@ -50,18 +54,21 @@ def show_distribution(counts: dict[str, dict[str, int]]) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a run's results.json: validation accuracy by round, and the test of the final and the best model."""
+    """Print a run, as `schema.read` returns it: validation accuracy by round, the test of the final and best model."""
     rounds, test, best = result["rounds"], result["test"], result["best"]
+    finished = result.get("state", "finished") == "finished"  # job.py shows what it has just written
     shown = rounds if len(rounds) <= MAX_ROWS else [rounds[0], *rounds[1 - MAX_ROWS :]]
     models = {schema.after_rounds(entry["round"]): (entry["accuracy"], entry["sites"]) for entry in shown}
-    tests = {"final test": test, **({f"best test (round {best['round']})": best["test"]} if best else {})}
+    tests = {"final test": test} if finished else {}
+    if best:
+        tests[f"best test (round {best['round']})"] = best["test"]
     for name, its_test in tests.items():
         models[name] = its_test["accuracy"], {site: own["accuracy"] for site, own in its_test["sites"].items()}
     title = f"Accuracy of the global model ({result['dataset']}, {result['partition']})"
     each_site = print_by_site(title, models, section=len(shown))
     if len(shown) < len(rounds):
         print(f"(not shown: {len(rounds) - len(shown)} of {len(rounds)} rounds; results.json has all)")
-    if not each_site:
+    if not each_site and finished:
         rows = [[site, as_text(own["accuracy"]), as_text(own["images"])] for site, own in worst_sites(test).items()]
         title = f"Final test: the worst {len(rows)} of {len(test['sites']):,} sites"
         print_table(title, [["site", "accuracy", "test images"], *rows])
@@ -70,7 +77,15 @@ def show(result: dict[str, Any]) -> None:
         print(sentence)
     worst = f"; worst site {test['worst']}" if len(test["sites"]) > 1 and test["worst"] else ""
     metrics = f"accuracy {as_text(test['accuracy'])}, loss {as_text(test['loss'])}{worst}"
-    print(f"Final test {metrics}; {result['wall_s']:.0f} s in total")
+    if finished:
+        print(f"Final test {metrics}; {result['wall_s']:.0f} s in total")
+    if values := test.get("metrics"):
+        majority = test["majority"]
+        print(
+            "Final test " + ", ".join(f"{name} {as_text(own[0])}" for name, own in values.items() if name != "accuracy")
+        )
+        print("95 % interval of the accuracy: {1:.3f} to {2:.3f}".format(*values["accuracy"]), end="; ")
+        print(f"always {majority['class']}: {as_text(majority['metrics']['accuracy'])}")
     for sentence in schema.privacy(result):
         print(sentence)
     for warning in schema.caveats(result):
@@ -131,43 +146,133 @@ def print_table(title: str, rows: list[list[str]], section: int = 0) -> None:
         print_table("", [[row[0], *row[end:]] for row in rows], section)
 
 
-def compare(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Compare runs: name of a run -> its results.json. Each row is a property's name and its value in each run."""
+def compare(results: dict[str, dict[str, Any]], chosen: str | None, test: bool = False) -> list[list[str]]:
+    """Compare runs: each row is a property's name and its value in each run.
+
+    Args:
+        results: name of a run -> what `schema.read` returned.
+        chosen: the run that `choose` returned.
+        test: whether to show its test metrics.
+    """
     runs = results.values()
     names = [name for name in schema.CONFIGURATION if name != "data_root"]  # paths are private
     shown = [name for name in names if any(run.get(name) is not None for run in runs)]
-    tests = [run["test"] for run in runs]
-    worst = [test["sites"][test["worst"]]["accuracy"] if test["worst"] else None for test in tests]
+    last = [run["rounds"][-1] if run["rounds"] else {} for run in runs]
+    marks = ["*" if name == chosen else "" for name in results]
+    best = [max(filter(schema.validated, run["rounds"]), key=schema.validated, default=None) for run in runs]
+    tests = [run["test"] if name == chosen else {} for name, run in results.items()]
+    worst = [own.get("sites", {}).get(own.get("worst"), {}) for own in tests]
+    of_test = [
+        ["test accuracy", *(as_text(own.get("accuracy")) for own in tests)],
+        ["test loss", *(as_text(own.get("loss")) for own in tests)],
+        ["worst site", *(str(own.get("worst") or "-") for own in tests)],
+        ["its accuracy", *(as_text(own.get("accuracy")) for own in worst)],
+    ]
     return [
+        ["validation accuracy", *(as_text(e.get("accuracy")) + mark for e, mark in zip(last, marks, strict=True))],
+        ["validation loss", *(as_text(entry.get("loss")) for entry in last)],
+        ["best round", *(f"{entry['round']} ({as_text(entry['accuracy'])})" if entry else "-" for entry in best)],
+        *(of_test if test else []),
+        ["state", *(state_of(run) for run in runs)],
         *([name, *(str(run.get(name, "-")) for run in runs)] for name in shown),
-        ["test accuracy", *(as_text(test["accuracy"]) for test in tests)],
-        ["test loss", *(as_text(test["loss"]) for test in tests)],
-        ["worst site", *(str(test["worst"] or "-") for test in tests)],
-        ["its accuracy", *map(as_text, worst)],
-        ["seconds", *(f"{run['wall_s']:.0f}" for run in runs)],
+        ["seconds", *("-" if run["wall_s"] is None else f"{run['wall_s']:.0f}" for run in runs)],
         ["model SHA-256", *((run["sha256"] or "-")[:12] for run in runs)],
     ]
 
 
+def choose(results: dict[str, dict[str, Any]]) -> str | None:
+    """The finished run whose final model has the highest validation accuracy; None if there is none."""
+    finished = {name: run["rounds"][-1] for name, run in results.items() if run["state"] == "finished"}
+    known = {name: entry["accuracy"] for name, entry in finished.items() if schema.validated(entry)}
+    return max(known, key=known.__getitem__, default=None)
+
+
+def state_of(result: dict[str, Any]) -> str:
+    """A run's state, and for an unfinished one the last round that has finished."""
+    state = str(result["state"])
+    return state if state == "finished" else f"{state} after round {schema.n_finished(result)}"
+
+
+def show_list(results: dict[str, dict[str, Any]]) -> None:
+    """Print a row per run: when it began, its last validation accuracy, its state, what differs from the defaults."""
+    usual, rows = vars(Options()), [["run", "started", "validation", "state", "changed settings"]]
+    for name, run in results.items():
+        flags = [f"--resume {run['resumed']['run']}"] if run["resumed"] else []
+        for option in schema.CONFIGURATION:
+            if option != "data_root" and run.get(option) not in (None, usual[option]):
+                flags.append(f"{FLAGS[option]} {run[option]}")
+        accuracy = run["rounds"][-1]["accuracy"] if run["rounds"] else None
+        started = (run["started"] or "-")[:16].replace("T", " ")
+        rows.append([name, started, as_text(accuracy), state_of(run), " ".join(flags)])
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    widths = [max(map(cell_len, cells)) + 1 for cells in zip(*rows, strict=True)]
+    for name, width in zip(rows[0], [*widths[:-1], None], strict=True):  # flags are wrapped, all else is not
+        table.add_column(name, min_width=width and width - 1, no_wrap=width is not None)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    width = max(Console().width, sum(widths[:-1]) + len(rows[0][-1]))
+    Console(markup=False, emoji=False, width=width).print(table)
+
+
 def main() -> None:
     page = "write a page instead: runs/RUN/report.html, or for several runs runs/comparison.html"
-    flags = [click.Argument(["run"], nargs=-1), click.Option(["--html"], is_flag=True, help=page)]
-    purpose = "Show a run, or compare several side by side. RUN is a folder under runs/, by default the newest."
+    flags = [
+        click.Argument(["run"], nargs=-1),
+        click.Option(["--list"], is_flag=True, help="list these runs, or all, one per line"),
+        click.Option(["--test"], is_flag=True, help="several runs: test accuracy of the best on validation images"),
+        click.Option(["--html"], is_flag=True, help=page),
+    ]
+    purpose = (
+        "Show a run, or compare several side by side. RUN is a folder under runs/, or a pattern such as 'lr-*'; by "
+        "default the newest that finished."
+    )
     arguments = read_arguments(Command("results.py", params=flags, help=purpose)).params
-    runs = list({run.path: run for run in map(RunFolder.find, arguments["run"] or ["latest"])}.values())
+    names = arguments["run"] or ["*" if arguments["list"] else "latest"]
+    runs = list({run.path: run for name in names for run in RunFolder.find_all(name)}.values())
     results = {run.name: schema.read(run) for run in runs}
+    if arguments["list"]:
+        show_list(results)
+        return
+    several, chosen = len(runs) > 1, choose(results)
+    if arguments["test"] and several and not chosen:
+        raise UserError("--test: none of these runs has finished with a validation accuracy: name one that has")
     if arguments["html"]:
         from federation.report import page as report  # matplotlib takes a second to import
 
-        comparison = PROJECT / RUNS / "comparison.html"
-        one = len(runs) == 1
-        print(report.write(runs[0]) if one else report.write_comparison(results, compare(results), comparison))
-    elif len(runs) == 1:
-        if counts := schema.read_json(runs[0].partition)["counts"]:  # real sites may not share them
-            show_distribution(counts)
-        show(results[runs[0].name])
+        if several:
+            rows = compare(results, chosen, arguments["test"])
+            print(report.write_comparison(results, rows, PROJECT / RUNS / "comparison.html", reading(chosen)))
+        elif results[runs[0].name]["state"] != "finished":
+            raise UserError(f"{runs[0].name} has not finished: resume it with python job.py --resume {runs[0].name}")
+        else:
+            print(report.write(runs[0]))
+    elif several:
+        print_table("", [["", *results], *compare(results, chosen, arguments["test"])])
+        print(f"\n{textwrap.fill(reading(chosen), Console().width)}")
     else:
-        print_table("", [["", *results], *compare(results)])
+        show_one(runs[0], results[runs[0].name])
+
+
+def show_one(run: RunFolder, result: dict[str, Any]) -> None:
+    """Print a run's tables, and for an unfinished one how far it went."""
+    if counts := schema.read_json(run.partition)["counts"]:  # real sites may not share them
+        show_distribution(counts)
+    if result["rounds"]:
+        show(result)
+    if result["state"] == "finished":
+        return
+    n_rounds = result["num_rounds"] + (result["resumed"] or {"round": 0})["round"]
+    print(f"{run.name}: {state_of(result)} of {n_rounds}; no final test")
+    if result["state"] == "failed":
+        print(f"reason: {schema.read_json(run.failure)['reason']}")
+    if result["state"] != "running" and schema.n_finished(result):
+        print(f"resume it with: python job.py --resume {run.name}")
+
+
+def reading(chosen: str | None) -> str:
+    """How to read a comparison, in a sentence."""
+    best = f"* {chosen} is the best on validation images. " if chosen else ""
+    return f"{best}Test images are for that run alone, with --test: {WHY}."
 
 
 if __name__ == "__main__":

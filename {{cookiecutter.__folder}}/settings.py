@@ -105,7 +105,7 @@ class Options:
 
     leak_test: bool | None = privacy(None, "measure what the final model's loss gives away  [simulator: yes]")
 
-    resume: str | None = output(None, "resume from the final model of runs/RUN", metavar="RUN", local=True)
+    resume: str | None = output(None, "resume runs/RUN from its last model", metavar="RUN", local=True)
     name: str | None = output(None, "write the run to runs/NAME  [date and time]", local=True)
     overwrite: bool = output(False, "replace runs/NAME if it exists", local=True)
     tracking: str = output("none", "experiment tracker", choices=TRACKERS)

@@ -6,7 +6,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from federation.protocol import DONE, PROGRESS, STARTING, TRAINING, VALIDATING, WAITING
+from federation.protocol import (
+    CALIBRATION,
+    CONFUSION,
+    DONE,
+    N_CONFIDENCES,
+    N_SCORES,
+    PROGRESS,
+    SCORES,
+    STARTING,
+    TRAINING,
+    VALIDATING,
+    WAITING,
+)
 from federation.run import schema, timing
 from federation.run.folder import RunFolder
 from federation.run.metrics import weighted_mean
@@ -85,9 +97,30 @@ def write_run(
     indices = {
         site: {"train": [*range(n - n // 5)], "val": [0] * (n // 5), "test": [0] * n} for site, n in images.items()
     }
+    tested_counts = {}
+    for i, (site, row) in enumerate(zip(sites, counts.astype(int), strict=True)):
+        if site in final["sites"]:  # its classes are taken for each other, but the last for none
+            spread = skill[i] * np.eye(len(classes)) + (1 - skill[i]) / len(classes)
+            spread[:, -1] = 0
+            confusion = np.floor(row[:, None] * spread / spread.sum(axis=1, keepdims=True)).astype(int)
+            confusion[:, 0] += row - confusion.sum(axis=1)
+            scores = np.zeros((len(classes), 2, N_SCORES), int)
+            for c, n in enumerate(row):
+                for is_class, (size, center) in enumerate(((row.sum() - n, 55), (n, 70))):
+                    bell = np.exp(-((np.arange(N_SCORES) - center) ** 2) / 200)
+                    scores[c, is_class] = random.multinomial(size, bell / bell.sum())
+            correct, n = np.trace(confusion), row.sum()
+            calibration = np.zeros((3, N_CONFIDENCES))
+            calibration[0] = random.multinomial(n, np.full(N_CONFIDENCES, 1 / N_CONFIDENCES))
+            calibration[1] = np.minimum(np.floor(calibration[0] * correct / max(n, 1)), calibration[0])
+            calibration[2] = calibration[0] * (np.arange(N_CONFIDENCES) + 0.5) / N_CONFIDENCES
+            arrays = {CONFUSION: confusion, SCORES: scores, CALIBRATION: calibration}
+            tested_counts[site] = {name: array.tolist() for name, array in arrays.items()}
+    final["never_predicted"] = [classes[-1]]
     own = {site: dict(zip(classes, map(int, row), strict=True)) for site, row in zip(sites, counts, strict=True)}
     run.server.mkdir(parents=True)
     folder.joinpath("partition.json").write_text(json.dumps({"classes": classes, "sites": indices, "counts": own}))
+    run.test_counts.write_text(json.dumps({"classes": classes, "sites": tested_counts}))
     run.audit_log.write_text("".join(f"{json.dumps(line)}\n" for line in audit))
     torch.save(LitNet(len(classes), Options()).state_dict(), run.final)
     write_progress(run.server / PROGRESS, [(0.0, STARTING), (1234.0, DONE)])

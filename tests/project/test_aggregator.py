@@ -172,12 +172,11 @@ def evaluate(folder, rounds: list[dict], final: dict, first_round: int = 0, n_si
     phases = [json.loads(line)["phase"] for line in (folder / "progress.jsonl").read_text().splitlines()]
     assert phases == ["starting", "done"]
     report = json.loads((folder / "evaluation.json").read_text())
-    kept = {
-        "final": "final.pt",
-        "best": "best.pt" if report["best"]["round"] != report["final"]["round"] else "final.pt",
-    }
-    for which, file in kept.items():
-        assert torch.load(folder / file, weights_only=True) == {"made of": torch.tensor([report[which]["round"]])}
+    kept = {"final": torch.load(folder / "last.pt", weights_only=True)["model"]}
+    if report["best"]["round"] != report["final"]["round"]:
+        kept["best"] = torch.load(folder / "best.pt", weights_only=True)
+    for which, model in kept.items():
+        assert model == {"made of": torch.tensor([report[which]["round"]])}
     return report, asked
 
 

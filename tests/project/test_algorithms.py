@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from nvflare.app_opt.pt.fedopt import PTFedOptModelShareableGenerator
 from federation.errors import UserError
 from federation.launch import options as command_line
 from federation.launch import recipes
+from federation.run.folder import RunFolder
 from federation.server.aggregation import ExactScaffold, StartFromCheckpoint
 from programs import Project
 from settings import ALGORITHMS
@@ -153,6 +155,44 @@ def test_a_run_is_resumed_by_its_path_as_a_shell_completes_it(runs, monkeypatch,
     monkeypatch.chdir(runs.parent)
     options, start = command_line.parse(["--resume", path])
     assert (options.resume, start.model and start.model.resolve()) == ("first", runs / "first" / "final.pt")
+
+
+class TestAnUnfinishedRun:
+    @pytest.fixture
+    def stopped(self, runs) -> Path:
+        """A run that was stopped in the fourth of six rounds, itself resumed after another's second."""
+        folder = runs / "stopped"
+        (folder / "bundle").mkdir(parents=True)
+        server = RunFolder(folder).server
+        server.mkdir(parents=True)
+        options = {**MADE, "num_rounds": 4, "total_rounds": 6}
+        (folder / "bundle" / "options.json").write_text(json.dumps(options))
+        record = {"resumed": {"run": "first", "round": 2}, "stages": [{"rounds": 2}]}
+        (folder / "start.json").write_text(json.dumps(record))
+        torch.save({"round": 3, "model": {"w": torch.ones(2)}}, server / "last.pt")
+        return folder
+
+    def test_is_resumed_for_the_rounds_that_are_left(self, stopped):
+        options, start = command_line.parse(["--resume", "stopped"])
+        assert (options.num_rounds, options.total_rounds, options.batch_size) == (3, 6, 8)
+        assert (start.first_round, start.model and start.model.resolve()) == (3, stopped / "last.pt")
+        assert torch.load(stopped / "last.pt", weights_only=True)["w"].tolist() == [1, 1]
+        own = {"batch_size": 8, "local_epochs": 3, "learning_rate": 0.02}
+        assert start.stages == [{"rounds": 2}, {"rounds": 1, **own}]
+        assert start.resumed == {"run": "stopped", "round": 3}
+        assert parsed("--resume", "stopped", "--num_rounds", "1").num_rounds == 1
+
+    def test_without_a_round_is_rejected(self, stopped):
+        (RunFolder(stopped).server / "last.pt").unlink()
+        with pytest.raises(UserError, match="no round of it has finished: start it again"):
+            parsed("--resume", "stopped")
+
+    def test_with_no_round_left_is_rejected_unless_more_are_asked_for(self, stopped):
+        torch.save({"round": 6, "model": {}}, RunFolder(stopped).server / "last.pt")
+        with pytest.raises(UserError, match="has finished all its 6 rounds, but not .*: add --num_rounds 1"):
+            parsed("--resume", "stopped")
+        options, start = command_line.parse(["--resume", "stopped", "--num_rounds", "1"])
+        assert (options.num_rounds, start.first_round) == (1, 6)
 
 
 BROKEN = {
@@ -396,6 +436,30 @@ def test_two_rounds_and_two_resumed_rounds_equal_four_rounds(federations):
     assert then["sha256"] == at_once["sha256"]
     assert f"resuming runs/{first['name']} after round 2\nthe sites' optimizers start fresh" in then["screen"]
     assert "round 4 of 4 done" in then["screen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_that_is_resumed_equals_one_that_was_not_stopped(federations, number):
+    at_once, name = federations.run("--num_rounds", "4"), f"stopped-by-{number}"
+    process = federations.project.start(
+        *("-u", "job.py", *federations.USUAL, "--num_rounds", "4", "--name", name), OMP_NUM_THREADS="1"
+    )
+    for line in process.stdout:
+        if line.startswith("round 2 of 4 done"):
+            process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    done = torch.load(RunFolder(federations.folder(name)).server / "last.pt", weights_only=True)["round"]
+    assert done in (1, 2, 3)  # the last may have come after the line
+    if number == signal.SIGINT:
+        assert f"after round {done}, the last that finished; resume with: python job.py --resume {name}\n" in said
+    shown = federations.project.run("results.py", name).stdout
+    assert f"{name}: stopped after round" in shown
+    then = federations.run("--resume", name)
+    assert then["resumed"] == {"run": name, "round": done}
+    assert then["rounds"] == at_once["rounds"][done:]
+    assert then["sha256"] == at_once["sha256"]
+    assert [stage["rounds"] for stage in then["stages"]] == [done, 4 - done]
 
 
 @pytest.mark.slow

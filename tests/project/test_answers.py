@@ -18,7 +18,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from federation.errors import RunError
-from federation.protocol import COHORT, LEFT_OUT, SITES
+from federation.protocol import CALIBRATION, COHORT, CONFUSION, LEFT_OUT, N_CONFIDENCES, N_SCORES, SCORES, SITES
 from federation.server.aggregation import ExactScaffold, WeightedMean
 from federation.server.answers import AnswerCheck
 from federation.sums import LOW, AnswerSum
@@ -91,6 +91,15 @@ def evaluated(**metrics) -> Shareable:
     return DXO(DataKind.METRICS, data=sent).to_shareable()
 
 
+def counts(**changes) -> dict:
+    """The arrays in such an answer, of three test images and two classes."""
+    scores = np.zeros((2, 2, N_SCORES), np.uint8)
+    scores[0, :, 30] = scores[1, ::-1, 30] = (1, 2)
+    calibration = np.zeros((3, N_CONFIDENCES))
+    calibration[:, 9] = (3, 2, 1.9)
+    return {CONFUSION: np.array([[2, 0], [1, 0]], np.uint8), SCORES: scores, CALIBRATION: calibration, **changes}
+
+
 def changed(**tensors) -> dict:
     return {**WEIGHTS, **tensors}
 
@@ -101,6 +110,7 @@ def test_a_valid_answer_is_accepted_unchanged(server):
     assert server.receive(answer) is None
     assert from_shareable(answer).data == WEIGHTS and from_shareable(answer).meta["own_meta"] == "text"
     assert server.receive(evaluated(**{"holds cat": 4, "holds dog": 0}), task="validate") is None
+    assert server.receive(evaluated(**counts()), task="validate") is None
     assert server.receive(trained(metrics={"f1": float("nan"), **METRICS})) is None  # the user's own metric may be NaN
 
 
@@ -152,6 +162,26 @@ INVALID_EVALUATIONS = {
     "more test images than announced": (evaluated(test_images=4), "its number of test images is 4, which is more than"),
     "a test accuracy above one": (evaluated(test_acc=2.0), "test_acc is 2, which is not within 0 to 1"),
     "text instead of a class's count": (evaluated(**{"holds cat": "many"}), "holds cat is str, not a number"),
+    "counts of other classes": (
+        evaluated(**counts(test_confusion=np.ones((3, 3), np.uint8))),
+        "test_confusion is not an array of counts of shape (2, 2)",
+    ),
+    "counts in a list": (
+        evaluated(**counts(test_scores=[1])),
+        "test_scores is not an array of counts of shape (2, 2, 128)",
+    ),
+    "a negative count in an array": (
+        evaluated(**counts(test_confusion=np.array([[4, 0], [-1, 0]], np.float32))),
+        "test_confusion has a count that is negative or not finite",
+    ),
+    "counts of more images": (
+        evaluated(**counts(test_confusion=np.array([[9, 0], [0, 0]], np.uint8))),
+        "test_confusion does not count the 3 test images",
+    ),
+    "more correct predictions than images": (
+        evaluated(**counts(test_calibration=counts()["test_calibration"][[1, 0, 2]])),
+        "test_calibration does not count the 3 test images",
+    ),
     "a fraction of an image": (evaluated(**{"holds cat": 0.5}), "holds cat is float, not a whole number"),
     "an unknown class": (evaluated(**{"holds [/x]": 1}), "it counts images of an unknown class '[/x]'"),
 }
@@ -214,8 +244,8 @@ def test_a_global_model_that_is_not_finite_ends_the_run_and_keeps_the_one_before
     (reason,) = server.panics
     assert reason.startswith("the global model is not finite after round 2: lower --learning_rate")
     assert json.loads((tmp_path / "failure.json").read_text()) == {"reason": reason}
-    kept = torch.load(tmp_path / "final.pt", weights_only=True)
-    assert torch.equal(kept["w"], torch.ones(2, 3))
+    kept = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert kept["round"] == 1 and torch.equal(kept["model"]["w"], torch.ones(2, 3))
 
 
 def from_host(**changes) -> Shareable:

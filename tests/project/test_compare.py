@@ -68,7 +68,7 @@ def test_a_run_gets_a_table_a_file_and_a_plot(run, program):
         "site-3 alone: trained on 383 images, epochs: 1, steps: 24, ",
     ]
     rows = json.loads((folder / "compare.json").read_text())["rows"]
-    for key, title in compare.ROWS.items():
+    for key, title in schema.COMPARED.items():
         values = [rows[key]["all"], *rows[key]["sites"].values()]
         line = next(line for line in out.splitlines() if line.startswith(f"{title}  "))
         assert line.removeprefix(title).split() == [f"{value:.3f}" for value in values]
@@ -148,7 +148,7 @@ def test_a_site_without_test_images_has_a_dash(capsys):
     def row(first, all_sites):
         return {"all": all_sites, "sites": {"site-1": first, "site-2": None}}
 
-    rows = {key: row(0.5, 0.5) for key in compare.ROWS}
+    rows = {key: row(0.5, 0.5) for key in schema.COMPARED}
     compare.show({"epochs": 1, "model_class": "LitNet", "rows": rows})
     out = capsys.readouterr().out
     assert re.search(r"^federated +0\.500 +0\.500 +-$", out, re.MULTILINE)
@@ -157,7 +157,7 @@ def test_a_site_without_test_images_has_a_dash(capsys):
 
 def comparison_of(n_sites):
     row = {"all": 0.5, "sites": {f"site-{i}": 1 - i / 1000 for i in range(1, n_sites + 1)}}
-    return {"run": "first", "epochs": 1, "model_class": "LitNet", "rows": dict.fromkeys(compare.ROWS, row)}
+    return {"run": "first", "epochs": 1, "model_class": "LitNet", "rows": dict.fromkeys(schema.COMPARED, row)}
 
 
 @pytest.mark.parametrize("n_sites", [2, 6, 21, 1001])
@@ -174,7 +174,7 @@ def test_its_table_has_each_site_or_quantiles(capsys, monkeypatch, n_sites):
         assert lines[2].split()[:3] == ["mean", "sites", "min"]
         low, median, high = (each[n_sites - math.ceil(share * n_sites) + 1] for share in (0.1, 0.5, 0.9))
         expected = ["0.500", f"{n_sites:,}", each[n_sites], low, median, high, each[1]]
-    for title, line in zip(compare.ROWS.values(), lines[4:8], strict=True):
+    for title, line in zip(schema.COMPARED.values(), lines[4:8], strict=True):
         assert line.removeprefix(title).split() == expected
 
 
@@ -190,11 +190,13 @@ def test_its_plot_has_no_overlapping_labels(tmp_path, monkeypatch, n_sites):
         save(figure, *arguments, **more)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", note_and_save)
-    compare.plot(comparison_of(n_sites), tmp_path / "plot.png")
+    comparison = comparison_of(n_sites)
+    comparison["rows"]["centralized"]["sites"]["site-4"] = 1.0  # the bar reaches the top
+    compare.plot(comparison, tmp_path / "plot.png")
     figures[0].draw_without_rendering()  # with the figure's own resolution again
     (axes,) = figures[0].axes
-    boxes = [text.get_window_extent() for text in (*axes.texts, *axes.get_xticklabels()) if text.get_text()]
-    assert len(boxes) == {8: 4 * 9 + 9, 1000: 4}[n_sites]
+    boxes = [text.get_window_extent() for text in (axes.title, *axes.texts, *axes.get_xticklabels()) if text.get_text()]
+    assert len(boxes) == {8: 4 * 9 + 9, 1000: 4}[n_sites] + 1
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
@@ -216,7 +218,7 @@ def test_few_of_many_sites_are_listed_while_they_train(run, capsys):
 
 
 def test_its_plot_shows_sites_without_test_images(tmp_path):
-    rows = {key: {"all": 1.0, "sites": {"site-1": 1.0, "site-2": None}} for key in compare.ROWS}
+    rows = {key: {"all": 1.0, "sites": {"site-1": 1.0, "site-2": None}} for key in schema.COMPARED}
     compare.plot({"run": "first", "epochs": 1, "model_class": "LitNet", "rows": rows}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
 

@@ -154,6 +154,7 @@ class TestAFinishedRun:
             "app/custom/federation/site/partition.py",
             "app/custom/federation/site/progress.py",
             "app/custom/federation/site/quick_start.py",
+            "app/custom/federation/site/scores.py",
             "app/custom/federation/sums.py",
             "app/custom/initial.pt",
             "app/custom/model.py",

@@ -153,7 +153,7 @@ def test_a_full_disk_at_the_end_is_reported_in_one_line(recorded, monkeypatch):
     with pytest.raises(program.RunError) as failure:
         program.federate(*arguments, run)
     assert str(failure.value) == f"cannot write the results into {run.path}: No space left on device"
-    assert sorted(path.name for path in run.path.iterdir()) == ["partition.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["partition.json", "start.json"]
     assert not (run.path.parent / "latest").exists()
 
 

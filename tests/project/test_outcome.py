@@ -46,7 +46,7 @@ def run(tmp_path):
     write_rounds(tmp_path, [{"round": 0, "metrics": metrics, "sites": sites, "rejected": []}])
     final = {"round": 1, "accuracy": 0.8, "sites": REPORTS}
     (server / "evaluation.json").write_text(json.dumps({"final": final, "best": final}))
-    torch.save({"w": torch.ones(2)}, server / "final.pt")
+    torch.save({"round": 1, "model": {"w": torch.ones(2)}}, server / "last.pt")
     return tmp_path
 
 
@@ -146,7 +146,12 @@ def test_a_run_ended_by_the_server_has_its_reason_and_the_last_model(run):
     message = failure(run, RunError("the simulator ended with code 2")).splitlines()
     assert message[0] == "the global model is not finite after round 2"
     assert torch.equal(torch.load(run / "last.pt", weights_only=True)["w"], torch.ones(2))
-    (server / "final.pt").unlink()
+    assert message[1] == (
+        f"{run}/last.pt is the global model after round 1, the last that finished; "
+        f"resume with: python job.py --resume {run.name}"
+    )
+    assert json.loads((run / "failure.json").read_text()) == {"reason": message[0]}
+    (server / "last.pt").unlink()
     assert "last.pt" not in failure(run, RunError("early"))
 
 

@@ -187,6 +187,9 @@ class TestAFederationOfSites:
         half = N_IMAGES // 2
         assert held["counts"] == {"north": {}, "east": {"benign": half, "malign": half}, "south": {}}
         assert held["sites"] == {}
+        tested = json.loads((project.folder / "runs" / "first" / "test_counts.json").read_text())
+        assert list(tested["sites"]) == ["east"] and tested["classes"] == ["benign", "malign"]
+        assert sum(map(sum, tested["sites"]["east"]["test_confusion"])) == finished["test"]["sites"]["east"]["images"]
 
     def test_sends_no_image_label_or_file_name_to_the_server(self, finished, federation, images):
         received = b"".join(path.read_bytes() for path in federation.folder.parent.glob("received.*"))

@@ -1,6 +1,5 @@
 """The page of a run: its content, that it works offline, and that it can show any name and size."""
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -16,7 +15,6 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from federation import exchange
-from federation.launch.distribution import describe
 from federation.protocol import (
     DONE,
     EVALUATING,
@@ -30,9 +28,11 @@ from federation.protocol import (
 )
 from federation.report import page as report
 from federation.run import schema, timing
+from federation.run.classification import CLASS_METRICS, METRICS
 from federation.run.folder import RunFolder
 from federation.run.metrics import QUANTILES
-from model import LitNet, LitResNet
+from federation.site.scores import ScoreCounts
+from model import LitNet
 from settings import Options
 from synthetic import write_run
 
@@ -141,19 +141,6 @@ def run(tmp_path):
     return make_run(tmp_path / "first")
 
 
-@pytest.fixture
-def digits(tmp_path, options):
-    """A run on digits, whose images are available."""
-    made = options(n_clients=3, partition="dirichlet", alpha=1.0, learning_rate=0.01)
-    distribution = describe(made)
-    images = {site: len(own["test"]) for site, own in distribution.sites.items()}
-    tests = {site: {"accuracy": 0.0, "loss": 1.0, "images": n} for site, n in images.items()}
-    test = {"accuracy": 0.0, "loss": 1.0, "sites": tests, "worst": "site-2"}
-    run = make_run(tmp_path / "digits", test=test, partition="dirichlet", alpha=1.0)
-    run.partition.write_text(json.dumps(dataclasses.asdict(distribution)), encoding="utf-8")
-    return run
-
-
 @pytest.fixture(autouse=True)
 def project(monkeypatch):
     monkeypatch.setattr(report, "PROJECT_NAME", "My project")
@@ -166,7 +153,7 @@ def written(run):
 class TestAPage:
     def test_has_its_sections_in_order(self, run):
         page = written(run)
-        named = ["rounds", "distribution", "confusion", "time", "privacy", "audit", "configuration"]
+        named = ["about", "rounds", "test", "distribution", "time", "privacy", "audit", "configuration"]
         assert list(page.sections) == named
         assert "My project" in page.text and "fedavg on digits, iid; run first" in page.text
 
@@ -211,6 +198,44 @@ class TestAPage:
         files = {row[0]: row[1:] for row in rows}
         assert files["app/client.py"] == ["8", hashlib.sha256(b"print()\n").hexdigest()]
         assert "/home/ann" not in page.html
+
+    def test_begins_with_how_it_was_made(self, run):
+        result = schema.read(run)
+        command = ["job.py", "--data_root=/home/ann/x", "--startup_kit", "kits/ann", "--seed", "0"]
+        origin = {"command": command, "started": "2026-01-02T03:04:05+00:00", "commit": "abc1", "clean": False}
+        save(run, {**result, **origin})
+        page = written(run)
+        facts = dict(page.rows["about"])
+        assert facts["Command"] == "python job.py --data_root=PATH --startup_kit PATH --seed 0"
+        assert facts["Started"] == "2026-01-02 03:04:05+00:00"
+        assert facts["Code"] == "commit abc1, with changes that are not committed"
+        assert facts["Images"] == "digits, 32 × 32 pixels, fitted by: stretch"
+        assert facts["Split"] == "6 training, 3 validation, 3 test; no image is in two of these parts"
+        assert facts["Seed"].startswith("0: ")
+        assert "ann" not in page.html
+        save(run, {**result, **origin, "clean": True})
+        assert dict(written(run).rows["about"])["Code"] == "commit abc1"
+
+    def test_has_the_comparison_with_training_without_a_federation(self, run):
+        rows = {key: {"all": 0.5, "sites": dict.fromkeys(SITES, 0.25)} for key in schema.COMPARED}
+        comparison = {"run": "first", "model_class": "LitNet", "epochs": 2, "rows": rows}
+        run.comparison.write_text(json.dumps(comparison), encoding="utf-8")
+        page = written(run)
+        assert page.rows["compared"][0] == ["model, test images", "all sites", *SITES]
+        assert page.rows["compared"][2] == ["federated", "0.500", "0.250", "0.250", "0.250"]
+        assert "Test accuracy with and without the federation" in page.plots()
+
+    def test_can_be_read_by_a_screen_reader(self, run):
+        """Tables have headers, and what scrolls can be reached by keyboard and has a name of its own."""
+        add_answers(run, ("site-1", answer()))
+        page = written(run)
+        assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
+        assert not [row for rows in page.rows.values() for row in rows if not row[0]]
+        boxes = [attributes for tag, attributes in page.tags if "wide" in attributes.get("class", "")]
+        assert all(box["tabindex"] == "0" and box["role"] for box in boxes)
+        regions = [box["aria-label"] for box in boxes if box["role"] == "region"]
+        assert len(set(regions)) == len(regions) > 5
+        assert len(page.plots()) == sum(tag == "svg" for tag, _ in page.tags)
 
     def test_of_an_older_run_says_what_is_unknown(self, run):
         result = schema.read(run)
@@ -259,9 +284,7 @@ def test_any_number_of_sites_and_classes_fits(tmp_path, n_sites, n_classes):
 def many(tmp_path_factory):
     """A run of 1,000 sites and 100 rounds, and its page."""
     run = write_run(tmp_path_factory.mktemp("many") / "run", 1000, 100, cohort=50, tested=200)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FL_DATA_ROOT", "/nowhere")
-        return run, written(run)
+    return run, written(run)
 
 
 class TestManySites:
@@ -269,7 +292,7 @@ class TestManySites:
 
     def test_have_a_small_page(self, many):
         _, page = many
-        assert len(page.html) < 500_000
+        assert len(page.html) < 600_000
         assert max(map(len, page.plots())) < 100
 
     def test_have_curves_of_their_distribution(self, many):
@@ -297,7 +320,7 @@ class TestManySites:
     def test_have_a_distribution_and_the_worst_sites_in_the_final_test(self, many):
         run, page = many
         test = schema.read(run)["test"]["sites"]
-        rows = [row for row in page.rows["rounds"] if row[0] in QUANTILES or row[0].startswith("site-")]
+        rows = [row for row in page.rows["test"] if row[0] in QUANTILES or row[0].startswith("site-")]
         assert [row[2] for row in rows[:5]] == [
             f"{sorted(own['accuracy'] for own in test.values())[i]:.3f}" for i in (0, 19, 99, 179, 199)
         ]
@@ -324,7 +347,7 @@ class TestManySites:
 
     def test_have_a_timeline_of_their_hosts(self, many):
         _, page = many
-        assert [row[0] for row in page.rows["time"]] == ["seconds", "host-1", "host-2", "host-3", "host-4"]
+        assert [row[0] for row in page.rows["time"]] == ["process", "host-1", "host-2", "host-3", "host-4"]
 
 
 class TestRealSites:
@@ -364,72 +387,75 @@ class TestRealSites:
         result["test"] = {"accuracy": None, "loss": None, "sites": tests, "worst": None}
         save(run, result)
         page = written(run)
-        assert ["site-1", "0", "-", "-"] in page.rows["rounds"]
-        assert "Not available: no site has test images." in page.sections["confusion"]
+        assert ["site-1", "0", "-", "-"] in page.rows["test"]
 
 
-class TestTheConfusionMatrix:
-    def test_counts_the_predictions_of_each_class(self, digits, options):
-        from data import SiteDataModule
-        from federation.report.confusion import confusion
+def classified(true, logits):
+    """The counts that a site sends of test images with these labels and logits, as lists."""
+    scores = ScoreCounts(logits.shape[1])
+    for batch in torch.arange(len(true)).split(100):
+        scores.on_test_batch_end(None, None, logits[batch], (None, true[batch]), 0)
+    return {name: array.tolist() for name, array in scores.counts().items()}
 
-        result = schema.read(digits)
-        matrices = confusion(digits, result, CLASSES)
-        assert {name: matrix.sum() for name, matrix in matrices.items()} == {
-            "all sites": 360,
-            "site-2": result["test"]["sites"]["site-2"]["images"],
-        }
-        everything = SiteDataModule(None, options(n_clients=3, partition="dirichlet", alpha=1.0))
-        everything.setup("test")
-        (batch,) = everything.test_dataloader()
-        model = LitNet(10, Options())
-        model.load_state_dict(torch.load(digits.final, weights_only=True))
-        expected = torch.zeros(10, 10, dtype=torch.int64)
-        for label, predicted in zip(batch[1], model(batch[0]).argmax(dim=1), strict=True):
-            expected[label, predicted] += 1
-        assert matrices["all sites"].tolist() == expected.tolist()
 
-    def test_is_shown_for_all_sites_and_the_worst(self, digits):
-        page = written(digits)
-        whole, worst = page.plots()[3:5]
-        assert whole.startswith("Confusion matrix of all sites: ") and "on 360 test images" in whole
-        assert worst.startswith("Confusion matrix of the worst site, site-2: ")
+class TestTheTestOfTheFinalModel:
+    """Metrics by class and site, from counts that the sites send."""
 
-    def test_that_differs_from_the_sites_reports_has_a_note(self, digits):
-        [rounded] = re.findall(r"all sites: accuracy (\S+) on", written(digits).plots()[3])
-        shown = float(rounded)
-        assert shown > 0.01  # the run says 0.0
-        assert "but all sites reported 0.000" in written(digits).sections["confusion"]
-        result = schema.read(digits)
-        result["test"]["accuracy"] = shown
-        save(digits, result)
-        assert "all sites reported" not in written(digits).sections["confusion"]
+    @pytest.fixture
+    def tested(self, run):
+        """Three sites, of which the first is the worst, and a model that never predicts the last class."""
+        generator = torch.Generator().manual_seed(0)
+        sites = {}
+        for i, site in enumerate(SITES):
+            true = torch.randint(0, 10, (80,), generator=generator)
+            logits = 2 * torch.randn(80, 10, generator=generator)
+            logits[range(80), true] += 1 + i
+            logits[:, 9] = -50
+            sites[site] = classified(true, logits)
+        run.test_counts.write_text(json.dumps({"classes": CLASSES, "sites": sites}), encoding="utf-8")
+        result = schema.read(run)
+        result["test"]["never_predicted"] = ["9"]
+        save(run, result)
+        return run
 
-    def test_uses_the_model_class_of_the_run(self, digits):
-        save(digits, {**schema.read(digits), "model_class": "LitResNet"})
-        torch.save(LitResNet(10, Options()).state_dict(), digits.final)
-        assert len(written(digits).plots()) == 5
+    def test_has_each_metric_with_its_interval_next_to_the_worst_site_and_the_majority(self, tested):
+        rows = written(tested).rows["test"]
+        assert rows[0][1:3] == ["all sites (95 % interval)", "worst site: site-1"]
+        assert [row[0] for row in rows[1:6]] == [*METRICS]
+        accuracy, low, high = map(float, re.findall(r"0\.\d+", rows[1][1]))
+        assert low < accuracy < high and float(rows[1][2]) < accuracy
+        assert rows[0][3].startswith("always ") and float(rows[1][3]) < 0.2 and rows[2][3] == "0.100"
 
-    def test_is_omitted_without_the_images(self, digits):
-        result = {**schema.read(digits), "dataset": "image_folder", "data_root": "/nowhere"}
-        save(digits, result)
-        page = written(digits)
-        assert "Not available: " in page.sections["confusion"] and "/nowhere" in page.sections["confusion"]
-        assert len(page.plots()) == 3
+    def test_has_a_row_per_class_and_per_site(self, tested):
+        rows = written(tested).rows["test"]
+        header = rows.index(["class", "test images", *CLASS_METRICS])
+        of_all = rows[header + 1 : header + 11]
+        assert [row[0] for row in of_all] == CLASSES and sum(int(row[1]) for row in of_all) == 240
+        assert of_all[9][2].startswith("0.000 (0.000 to 0.") and of_all[9][4:6] == ["-", "0.000"]
+        assert rows[-4][:4] == ["site", "test images", "accuracy", "loss"]
+        assert [len(row) for row in rows[-3:]] == [8] * 3
 
-    def test_is_omitted_if_the_images_changed(self, digits):
-        result = schema.read(digits)
-        result["test"]["sites"]["site-1"]["images"] += 1
-        save(digits, result)
-        assert "site-1 had " in written(digits).sections["confusion"]
+    def test_shows_confusion_and_reliability(self, tested):
+        plots = written(tested).plots()[2:5]
+        assert plots[0] == "Confusion matrix, all sites: 240 test images"
+        assert plots[1] == "Confusion matrix, worst site: site-1: 80 test images"
+        assert plots[2].startswith("Reliability: ")
 
-    def test_is_omitted_if_the_model_changed(self, digits):
-        torch.save({"other": torch.zeros(3)}, digits.final)
-        assert "Not available: " in written(digits).sections["confusion"]
+    def test_warns_of_a_class_that_is_never_predicted(self, tested):
+        assert "Never predicted, although there are test images of it: class 9." in written(tested).sections["test"]
 
-    def test_is_omitted_if_no_class_is_predicted(self, digits, monkeypatch):
-        monkeypatch.setattr(LitNet, "predict_step", lambda self, batch, index: self(batch[0]).sum())
-        assert "does not return a score per image" in written(digits).sections["confusion"]
+    def test_names_the_sites_that_do_not_share_their_counts(self, tested):
+        counts = json.loads(tested.test_counts.read_text())
+        del counts["sites"]["site-1"]
+        tested.test_counts.write_text(json.dumps(counts), encoding="utf-8")
+        page = written(tested)
+        assert "because they do not share these counts: site-1." in page.sections["test"]
+        assert page.rows["test"][-3][:5] == ["site-1", "0", "0.250", "1.250", "-"]
+
+    def test_is_short_if_no_site_shared_them(self, run):
+        page = written(run)
+        assert "Metrics by class are unknown" in page.sections["test"]
+        assert page.rows["test"][-1] == ["site-3", "0", "0.250", "1.250"]
 
 
 class TestTheAuditLog:
@@ -535,8 +561,8 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path):
 
     second = make_run(tmp_path / "<b>second", seed=7)
     compared = {run.name: schema.read(run), second.name: schema.read(second)}
-    rows = results.compare(compared)
-    page = Page(report.write_comparison(compared, rows, tmp_path / "comparison.html"))
+    rows = results.compare(compared, None)
+    page = Page(report.write_comparison(compared, rows, tmp_path / "comparison.html", "Read <b>this</b>."))
     assert ["seed", "0", "7"] in page.rows["table"]
     assert [attributes for tag, attributes in page.tags if tag == "tr" and attributes] == [{"class": "differs"}]
     assert page.plots() == ["accuracy by round: first, <b>second", "loss by round: first, <b>second"]
@@ -547,18 +573,17 @@ def test_curves_of_a_resumed_run_begin_where_it_began(run, tmp_path):
     result = schema.read(run)
     for entry in result["rounds"]:
         entry["round"] += 70
-    page = Page(report.write_comparison({"first": result}, [["", "first"]], tmp_path / "comparison.html"))
+    page = Page(report.write_comparison({"first": result}, [["", "first"]], tmp_path / "comparison.html", ""))
     assert "72" in page.sections["rounds"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_a_browser_shows_it(digits, tmp_path):
+def test_a_browser_shows_it(tmp_path):
     from PIL import Image
 
     assert CHROMIUM
 
-    add_answers(digits, ("site-1", answer()))
-    page, picture = report.write(digits), tmp_path / "page.png"
+    page, picture = report.write(write_run(tmp_path / "run", 3)), tmp_path / "page.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [CHROMIUM, *flags, "--window-size=1200,4000", f"--screenshot={picture}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 import results
 from federation.errors import exit_code
+from federation.protocol import ROUNDS, append_json
 from federation.run import schema
 from federation.run.folder import RunFolder
 from programs import PROJECT
@@ -66,7 +68,7 @@ class TestASchema:
         assert (result["version"], result["sha256"], result["versions"]) == (schema.VERSION, "12ab", {"torch": "3.0"})
 
     def test_documents_every_key_that_a_run_writes(self, runs):
-        for key in schema.read(RunFolder(runs / "first")):
+        for key in schema.read(RunFolder(runs / "first")).keys() - {"state"}:  # which is not in the file
             assert f"`{key}`" in README or hasattr(Options(), key), key
 
     def test_records_the_versions_of_dependencies(self):
@@ -134,10 +136,144 @@ def test_several_runs_are_compared_side_by_side(runs, program):
     assert table["algorithm"] == ["fedavg", "other"]
     assert table["n_clients"] == ["3", "5"]
     assert table["num_rounds"] == ["3", "3"]
-    assert table["test accuracy"] == ["0.195", "0.195"]
-    assert table["worst site"] == ["site-3", "site-3"]
-    assert table["its accuracy"] == ["0.066", "0.066"]
+    assert table["validation accuracy"] == ["0.226*", "0.226"]
     assert table["seconds"] == ["50", "50"]
+
+
+class TestTheBestRun:
+    """Runs are chosen by validation accuracy. Only the chosen one's test is shown, and only on request."""
+
+    @pytest.fixture(autouse=True)
+    def several(self, runs):
+        """`first` has 0.226 on validation images. `lucky` has less there, but more on test images."""
+        older = json.loads(OLDER.read_text(encoding="utf-8"))
+        for name, validation, test in (("lucky", 0.1, 0.99), ("better", 0.5, 0.3)):
+            rounds = [*older["rounds"][:-1], {**older["rounds"][-1], "accuracy": validation}]
+            add_run(runs / name, rounds=rounds, test={**older["test"], "accuracy": test})
+
+    def rows(self, out):
+        return {line[:20].strip(): line[20:].split() for line in out.splitlines()}
+
+    def test_has_the_highest_validation_accuracy_and_the_others_no_test(self, program):
+        _, out, _ = program("first", "lucky", "better")
+        rows = self.rows(out)
+        assert list(rows)[2] == "validation accuracy"
+        assert rows["validation accuracy"] == ["0.226", "0.100", "0.500*"]
+        assert "* better is the best on validation images." in out and "partly luck" in out
+        assert not any(number in out for number in ("0.195", "0.990", "0.300", "0.066"))
+
+    def test_shows_its_test_on_request(self, program):
+        _, out, _ = program("first", "lucky", "better", "--test")
+        rows = self.rows(out)
+        assert rows["test accuracy"] == ["-", "-", "0.300"]
+        assert rows["its accuracy"] == ["-", "-", "0.066"]
+        assert not any(number in out for number in ("0.195", "0.990"))
+
+    def test_is_marked_on_the_page_too(self, runs, program):
+        for flags, shown in (((), False), (("--test",), True)):
+            assert program("first", "lucky", "better", "--html", *flags)[0] == 0
+            page = (runs / "comparison.html").read_text(encoding="utf-8")
+            assert "0.500*" in page and "better is the best on validation images" in page
+            assert ("0.300" in page) == shown and "0.990" not in page
+
+    def test_is_none_if_no_run_validated(self, runs, program):
+        rounds = [{**entry, "accuracy": None} for entry in json.loads(OLDER.read_text(encoding="utf-8"))["rounds"]]
+        for name in ("silent", "mute"):
+            add_run(runs / name, rounds=rounds)
+        assert "*" not in program("silent", "mute")[1]
+        code, _, err = program("silent", "mute", "--test")
+        assert code == 2 and err.count("\n") == 1 and "none of these runs" in err
+
+    def test_is_found_among_the_runs_of_a_pattern(self, runs, program):
+        assert program("*e*r") == program("better")
+        assert program("l*", "bett*") == program("lucky", "better")
+        assert program(f"{runs}/l*", "bett*") == program("lucky", "better")
+        code, _, err = program("lr-*")
+        assert (code, err) == (2, "results.py: no run matches lr-*: python results.py --list shows all runs\n")
+
+
+class TestAnUnfinishedRun:
+    """It was stopped or failed, or it is running: shown as far as it has come."""
+
+    @pytest.fixture
+    def add(self, runs):
+        def make(name, n_rounds=2, failed=""):
+            run = RunFolder(runs / name)
+            run.bundle.mkdir(parents=True)
+            run.server.mkdir(parents=True)
+            options = Options(dataset="digits", n_clients=3, num_rounds=4, learning_rate=0.5, partition="shards")
+            run.options.write_text(json.dumps(options.of_run()), encoding="utf-8")
+            run.partition.write_text(json.dumps({"counts": COUNTS}), encoding="utf-8")
+            for number in range(n_rounds):
+                metrics = {"val_acc": 0.1 + number / 10, "val_loss": 2.0}
+                sites = {site: {"metrics": metrics, "train": 8, "val": 2} for site in ("site-10", "site-2")}
+                append_json(run.server / ROUNDS, {"round": number, "metrics": metrics, "sites": sites, "rejected": []})
+            if failed:
+                run.failure.write_text(json.dumps({"reason": failed}), encoding="utf-8")
+            run.start.write_text(json.dumps({"started": "2026-01-02T03:04:05+00:00", "resumed": None, "stages": []}))
+            return run
+
+        return make
+
+    def test_is_shown_as_far_as_it_went(self, add, program):
+        add("stopped")
+        code, out, _ = program("stopped")
+        assert code == 0
+        lines = out.splitlines()
+        assert ["after", "round", "1", "0.200", "0.200", "0.200"] in [line.split() for line in lines]
+        assert "all sites site-2 site-10" in out
+        assert lines[-2:] == [
+            "stopped: stopped after round 2 of 4; no final test",
+            "resume it with: python job.py --resume stopped",
+        ]
+        assert "Final test" not in out
+
+    def test_says_why_it_failed(self, add, program):
+        add("bad", failed="site-2 died")
+        assert "bad: failed after round 2 of 4; no final test\nreason: site-2 died\n" in program("bad")[1]
+
+    def test_that_had_not_finished_a_round_is_shown(self, add, program):
+        add("early", n_rounds=0)
+        code, out, _ = program("early")
+        assert (code, out.splitlines()[-1]) == (0, "early: stopped after round 0 of 4; no final test")
+
+    def test_is_compared_but_never_the_best(self, runs, add, program):
+        add("stopped", n_rounds=4)
+        _, out, _ = program("stopped", "first")
+        assert "* first is the best" in out and "stopped after round 4" in out and "0.400" in out
+
+    def test_has_no_report(self, add, program):
+        add("stopped")
+        code, _, err = program("stopped", "--html")
+        assert (code, err.count("\n")) == (2, 1) and "resume it" in err
+
+    def test_that_still_runs_is_running(self, runs, add, program):
+        """Its start.json is locked by the process of job.py, until that ends in whatever way."""
+        add("live")
+        hold = "import sys, time\nfrom pathlib import Path\nfrom federation.run.folder import RunFolder\n"
+        hold += "run = RunFolder(Path(sys.argv[1]))\nrun.begin({})\nprint(flush=True)\nsys.stdin.read()"
+        command = [sys.executable, "-c", hold, str(runs / "live")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=PROJECT, **pipes) as process:
+            process.stdout.readline()
+            assert RunFolder(runs / "live").state == "running"
+            process.kill()
+        assert RunFolder(runs / "live").state == "stopped"
+
+    def test_is_listed_with_all_others(self, runs, add, program, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        add("stopped")
+        add("bad", n_rounds=1, failed="no")
+        (runs / "latest").symlink_to("first")
+        (runs / "comparison.html").touch()
+        (runs / "empty").mkdir()
+        code, out, _ = program("--list")
+        rows = [line.split() for line in out.splitlines()]
+        assert code == 0 and [row[0] for row in rows[2:]] == ["bad", "first", "stopped"]
+        stopped = rows[-1]
+        assert stopped[:8] == ["stopped", "2026-01-02", "03:04", "0.200", "stopped", "after", "round", "2"]
+        assert "--learning_rate 0.5" in out and "--partition shards" in out and "--seed" not in out
+        assert program("--list", "st*")[1].count("stopped") == 2
 
 
 def test_the_path_of_the_images_is_not_shown(runs, program):
@@ -276,7 +412,7 @@ class TestATable:
             add_run(runs / name, seed=i)
         lines = program(*names)[1].splitlines()
         assert max(map(len, lines)) <= 80
-        assert [name for line in lines for name in line.split() if name.startswith("2026")] == names
+        assert [name for line in lines if line[0:1] == " " for name in line.split()] == names
         seeds = [line.split()[1:] for line in lines if line.startswith("seed ")]
         assert len(seeds) > 1 and sum(seeds, []) == [str(i) for i in range(9)]
 

@@ -68,7 +68,10 @@ def test_a_run_with_too_few_sites_left_ends_and_keeps_its_last_model(project, al
     first, kept, log = run.stderr.splitlines()
     assert first.startswith("job.py: round 2: 1 of 3 sites sent a usable answer, and more than half must (site-1: ")
     assert "site-3: tensor model.fc3.bias is not finite): lower --learning_rate" in first
-    assert kept == "runs/two/last.pt is the global model after the last finished round"
+    assert kept == (
+        "runs/two/last.pt is the global model after round 1, the last that finished; "
+        "resume with: python job.py --resume two"
+    )
     last = torch.load(project.folder / "runs" / "two" / "last.pt", weights_only=True)
     initial = torch.load(project.folder / "runs" / "two" / "bundle" / "initial.pt", weights_only=True)
     assert not torch.equal(last["model.fc3.bias"], initial["model.fc3.bias"])

@@ -13,7 +13,18 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.abstract.fl_model import MetaKey
 from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 
-from federation.protocol import HOLDS, SITES, TEST_IMAGES, VAL_IMAGES
+from federation.protocol import (
+    CALIBRATION,
+    CONFUSION,
+    HOLDS,
+    N_CONFIDENCES,
+    N_SCORES,
+    SCORES,
+    SITES,
+    TEST_COUNTS,
+    TEST_IMAGES,
+    VAL_IMAGES,
+)
 
 MAX_IMAGES = 10**9  # no site has more; a site's number of images is its weight in the mean
 SHARES, LOSSES = ("val_acc", "test_acc"), ("val_loss", "test_loss")  # the metrics that the project itself uses
@@ -76,8 +87,12 @@ class SiteCheck:
         return metric_fault(metrics) or self._count_fault(site, counts)
 
     def evaluation_fault(self, site: str, metrics: Any) -> str | None:
-        """Check the metrics of an evaluation, which include numbers of images."""
-        if fault := metric_fault(metrics):
+        """Check the metrics of an evaluation, which include numbers of images and may include arrays of them."""
+        arrays = {}
+        if isinstance(metrics, dict):
+            arrays = {name: metrics[name] for name in TEST_COUNTS if name in metrics}
+            metrics = {name: value for name, value in metrics.items() if name not in arrays}
+        if fault := metric_fault(metrics) or test_counts_fault(arrays, len(self.classes), metrics.get(TEST_IMAGES)):
             return fault
         for name in metrics:
             if name.startswith(HOLDS):
@@ -143,6 +158,20 @@ def metric_fault(metrics: Any) -> str | None:
             return f"{name} is not finite"
         if name in SHARES and not -ROUNDING <= value <= 1 + ROUNDING:
             return f"{name} is {value:g}, which is not within 0 to 1"
+    return None
+
+
+def test_counts_fault(arrays: dict[str, Any], n_classes: int, n_images: Any) -> str | None:
+    """Check counts of test images (site/scores.py): their shapes, and that each is of all test images."""
+    shapes = {CONFUSION: (n_classes, n_classes), SCORES: (n_classes, 2, N_SCORES), CALIBRATION: (3, N_CONFIDENCES)}
+    for name, array in arrays.items():
+        if getattr(array, "shape", None) != shapes[name] or dtype_of(array)[:4] not in ("uint", "floa"):
+            return f"{name} is not an array of counts of shape {shapes[name]}"
+        if not (np.isfinite(array).all() and (array >= 0).all()):
+            return f"{name} has a count that is negative or not finite"
+        total = array.sum() / n_classes if name == SCORES else array[0].sum() if name == CALIBRATION else array.sum()
+        if total != n_images or (name == CALIBRATION and (array > array[0] * (1 + ROUNDING)).any()):
+            return f"{name} does not count the {n_images} test images"
     return None
 
 

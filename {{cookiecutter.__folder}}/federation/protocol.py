@@ -21,6 +21,7 @@ REJECTED = "rejected.jsonl"  # rejected answers: server/answers.py
 FAILURE = "failure.json"  # the `reason` for which the server ended the run
 COHORTS = "cohorts.jsonl"  # which sites took part, if not all: server/cohort.py
 AUDIT_LOG = "audit.jsonl"  # what left the sites: server/audit.py
+LAST = "last.pt"  # after each round: its number as `round`, from 1, and the global model's state dict as `model`
 FINAL, BEST = "final.pt", "best.pt"  # state dicts of the global model
 
 # The file in which sites and hosts (site/progress.py) and the server (starting, done) announce what they are doing.
@@ -37,6 +38,10 @@ VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
 LEAK_AUC, LEAK_TPR = "leak_auc", "leak_tpr"  # membership inference: site/leak.py
 LEAK_IMAGES = 500  # at most so many training images and as many test images are used for it
 HOLDS = "holds "  # prefix of a class name: number of the site's training and validation images
+# Arrays in the metrics of a final evaluation, of the test images: see site/scores.py and run/classification.py.
+CONFUSION, SCORES, CALIBRATION = "test_confusion", "test_scores", "test_calibration"
+TEST_COUNTS = (CONFUSION, SCORES, CALIBRATION)
+N_SCORES, N_CONFIDENCES = 128, 15  # bins
 
 # In the meta of an answer for several sites: site -> `metrics` of the model that it received, its numbers of `train`
 # and `val` images. FinalEvaluation takes it out of the mean, because whatever is in there is sent to all sites.

@@ -128,6 +128,9 @@ def _check(options: Options, given: set[str], start: Start) -> None:
             )
         if isinstance(value := getattr(options, name), float) and not math.isfinite(value):
             raise UserError(f"{FLAGS[name]} is {value}: it must be a finite number")
+    if start.left == 0 and "num_rounds" not in given:
+        done = f"runs/{start.run} has finished all its {start.first_round} rounds, but not the final evaluation"
+        raise UserError(f"--resume {start.run}: {done}: add --num_rounds 1 to train one more")
     last_round = start.first_round + options.num_rounds
     if options.total_rounds is None:  # training longer than planned stretches the schedule
         options.total_rounds = max(start.planned_rounds, last_round)

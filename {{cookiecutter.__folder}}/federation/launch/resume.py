@@ -1,4 +1,4 @@
-"""Resume a finished run from its last global model: `--resume RUN`."""
+"""Resume a run from its last global model, also one that was stopped or failed: `--resume RUN`."""
 
 import dataclasses
 import json
@@ -29,29 +29,43 @@ class Start:
     model: Path | None = None  # its last global model
     first_round: int = 0  # the number of rounds behind that model
     planned_rounds: int = 0  # rounds that a learning-rate schedule was meant to span
+    left: int | None = None  # of an unfinished run: its rounds that are left
     settings: dict[str, Any] = field(default_factory=dict)  # options that are inherited
     stages: list[dict[str, Any]] = field(default_factory=list)  # how the model was trained: see run/schema.py
 
     @classmethod
     def read(cls, name: str) -> "Start":
-        """Read a finished run.
+        """Read a finished run, or one that was stopped or failed after a round.
 
         Raises:
-            UserError: there is no finished run of that name.
+            UserError: there is no such run.
         """
         try:
-            folder = RunFolder.find(name)
+            folder = RunFolder.find(name, unfinished=True)
             result = schema.read(folder)
         except UserError as error:
             raise UserError(f"--resume {name}: {error}") from None
-        first_round = result["rounds"][-1]["round"]
+        settings = {name: result[name] for name in schema.CONFIGURATION if result.get(name) is not None}
+        model, left = folder.path / (result.get("model") or ""), None
+        if result["state"] == "finished":
+            first_round, stages = result["rounds"][-1]["round"], schema.stages(result)
+        else:
+            if result["state"] == "running":
+                raise UserError(f"--resume {name}: it is still running: wait, or stop it with Ctrl-C")
+            if not (first_round := folder.keep_last()):
+                raise UserError(f"--resume {name}: no round of it has finished: start it again")
+            began = (result["resumed"] or {"round": 0})["round"]
+            model, left = folder.last, began + result["num_rounds"] - first_round
+            stages = [*(result["stages"] or []), schema.stage(result, first_round - began)]
+            settings["num_rounds"] = max(left, 1)
         return cls(
             run=folder.name,
-            model=folder.path / result["model"],
+            model=model,
             first_round=first_round,
             planned_rounds=result["total_rounds"] or first_round,
-            settings={name: result[name] for name in schema.CONFIGURATION if result.get(name) is not None},
-            stages=schema.stages(result),
+            left=left,
+            settings=settings,
+            stages=stages,
         )
 
     @property

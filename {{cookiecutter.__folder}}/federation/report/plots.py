@@ -4,7 +4,9 @@ import hashlib
 import html
 import io
 import re
+import textwrap
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,13 +14,16 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from federation.run.metrics import QUANTILES, some
+from federation.run.metrics import MAX_SITES, QUANTILES, as_text, some
+from federation.run.schema import COMPARED
 
 MAX_ANNOTATED = 16  # larger heat maps have a color bar instead of numbers in their cells
 MAX_NAMES, LONG = 40, 6.0  # longer axes have numbers instead of names, and this length in inches
 LINES = ("-", "--", "-.", ":")  # overlapping lines stay visible
 DPI = 200  # of what is drawn as pixels
 N_INTERVALS = 1000  # of a timeline
+# Okabe & Ito: safe for color blindness
+OKABE_ITO = ("#0072b2", "#009e73", "#d55e00", "#e69f00", "#56b4e9", "#cc79a7", "#8c6d31", "#999999")
 COLORS = {"start": "#b8b8b8", "computing": "#2a78b5", "evaluating": "#e39b2d", "waiting": "#e8e8e8"}  # timing.KINDS
 STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, searchable, accessible
@@ -57,18 +62,17 @@ def curves(series: dict[str, dict[int, float | None]], label: str) -> str | None
         axes.fill_between(rounds, low, high, color="#9cc4e0", linewidth=0, label="10 % to 90 %")
         axes.plot(rounds, median, color="#1f5f96", linestyle="--", linewidth=1.5, label="median")
         known = {}
-    colors = matplotlib.colormaps["tab10" if len(known) <= 10 else "tab20"].colors
     for number, (name, own) in enumerate(known.items()):
         text = re.sub("^_", "\u200b_", name)  # matplotlib omits labels with a leading underscore from legends
-        style = {"color": colors[number % len(colors)], "linestyle": LINES[number % len(LINES)], "label": text}
-        axes.plot(list(series[name]), own, linewidth=1.2, marker=".", **style)
+        look = {"color": OKABE_ITO[number % len(OKABE_ITO)], "linestyle": LINES[number % len(LINES)], "label": text}
+        axes.plot(list(series[name]), own, linewidth=1.2, marker=".", **look)
     if whole is not None:
         style = {} if bands else {"marker": "o", "markersize": 4}
         axes.plot(list(series["all sites"]), whole, color="#111111", label="all sites", linewidth=2.2, **style)
     axes.set(xlabel="after round", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    return _svg(figure, f"{label} by round: {names}")
+    return as_svg(figure, f"{label} by round: {names}")
 
 
 @matplotlib.rc_context(STYLE)
@@ -112,7 +116,64 @@ def heat_map(matrix: np.ndarray, rows: list[str], columns: list[str], label: str
     for (row, column), value in np.ndenumerate(matrix) if numbered else ():
         color = "white" if shade[row, column] > 0.6 else "#222222"
         axes.text(column + 0.5, row + 0.5, str(value), ha="center", va="center", fontsize=7, color=color)
-    return _svg(figure, label)
+    return as_svg(figure, label)
+
+
+@matplotlib.rc_context(STYLE)
+def reliability(calibration: np.ndarray, label: str) -> str:
+    """Plot the share of correct predictions against their probability, and how many there are.
+
+    Args:
+        calibration: (3, bins), as in `classification.Counts`.
+        label: description for screen readers.
+    """
+    n, correct, probability = calibration
+    known = n > 0
+    figure = Figure(figsize=(3.6, 4.2), layout="constrained")
+    axes, below = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+    axes.plot((0, 1), (0, 1), "--", color="#666666", linewidth=1, label="perfectly calibrated")
+    axes.plot(probability[known] / n[known], correct[known] / n[known], "o-", color=COLORS["computing"], label="model")
+    axes.set(ylabel="share of correct predictions", xlim=(0, 1), ylim=(-0.03, 1.03))
+    axes.legend(fontsize=8)
+    below.stairs(n, np.linspace(0, 1, len(n) + 1), fill=True, color=COLORS["computing"])
+    below.set(xlabel="probability of the predicted class", ylabel="images")
+    return as_svg(figure, label)
+
+
+@matplotlib.rc_context({**STYLE, "axes.grid": False})
+def baselines(comparison: dict[str, Any]) -> Figure:
+    """Plot a compare.json: a group of bars for all sites, and one per site; with many sites, one box per row."""
+    rows = comparison["rows"]
+    sites = list(rows["federated"]["sites"])
+    many = len(sites) > MAX_SITES
+    figure = Figure(figsize=(7 if many else max(6, 2.5 + 1.5 * len(sites)), 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.88 / len(COMPARED)
+    for i, (key, title) in enumerate(COMPARED.items()):
+        if many:
+            known = [value for value in rows[key]["sites"].values() if value is not None]
+            look = {"patch_artist": True, "boxprops": {"facecolor": OKABE_ITO[i]}, "medianprops": {"color": "black"}}
+            name = title.replace(", ", ",\n")
+            axes.boxplot(known, positions=[i], widths=0.5, whis=(0, 100), tick_labels=[name], **look)
+            axes.plot(i, rows[key]["all"], "D", color="white", markeredgecolor="black")
+            continue
+        heights = [rows[key]["all"], *(rows[key]["sites"][site] for site in sites)]
+        places = [group + (i - (len(COMPARED) - 1) / 2) * width for group in range(len(heights))]
+        bars = axes.bar(places, [height or 0 for height in heights], width, label=title, color=OKABE_ITO[i])
+        axes.bar_label(bars, map(as_text, heights), fontsize=7)
+    if many:
+        figure.supxlabel(
+            f"{len(sites):,} sites from min to max; box: the middle half; line: median; diamond: mean", size=9
+        )
+    else:
+        axes.set_xticks(range(1 + len(sites)), [textwrap.fill(site, 14) for site in ("all sites", *sites)])
+        axes.margins(x=0.01)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.set(ylabel="test accuracy", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    title = f"{comparison['run']}: {comparison['model_class']}, epochs: {comparison['epochs']}"
+    axes.set_title(title, pad=16)  # above the numbers on the bars
+    return figure
 
 
 @matplotlib.rc_context(STYLE)
@@ -134,16 +195,16 @@ def timeline(phases: dict[str, list[tuple[float, float, str]]]) -> str:
     axes.invert_yaxis()
     axes.set(xlabel="seconds")
     figure.legend(loc="outside upper center", ncols=len(COLORS), fontsize=8)
-    return _svg(figure, "Timeline of each process")
+    return as_svg(figure, "Timeline of each process")
 
 
-def _svg(figure: Figure, label: str) -> str:
+def as_svg(figure: Figure, label: str) -> str:
     stream = io.StringIO()
     salt = hashlib.sha256(label.encode(errors="replace")).hexdigest()  # ids must differ between the plots of a page
     with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser draws it with another font
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(stream, format="svg", bbox_inches="tight", metadata=nothing, dpi=DPI)
+        figure.savefig(stream, format="svg", bbox_inches="tight", transparent=True, metadata=nothing, dpi=DPI)
     svg = stream.getvalue()
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # ids that nothing refers to
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 
 from federation import protocol
 from federation.errors import RunError, UserError
-from federation.protocol import read_json_lines
+from federation.protocol import read_json_lines, save_tensors, write_json
 from federation.run import model_card, timing
+from federation.run.classification import Counts
 from federation.run.folder import RunFolder
-from federation.run.metrics import weighted_mean
+from federation.run.metrics import by_number, validation, weighted_mean
 from settings import Options
 from trainer import load_model
 
@@ -43,7 +43,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
     evaluation = json.loads((server / protocol.EVALUATION).read_text(encoding="utf-8"))
     final, best = evaluation["final"], evaluation["best"]
     reports, best_reports = (
-        {site: model["sites"][site] for site in sorted(model["sites"], key=_by_number)} for model in (final, best)
+        {site: model["sites"][site] for site in sorted(model["sites"], key=by_number)} for model in (final, best)
     )
     cohorts = {record["round"]: record["sites"] for record in read_json_lines(server / protocol.COHORTS)}
     lost = sorted(set(cohorts.get(None, sites)) - set(reports))
@@ -52,8 +52,9 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
     if silent and options.env == "sim":
         raise RunError(f"{', '.join(silent)} did not evaluate the final model")
 
-    shutil.copy(server / protocol.FINAL, run.final)
-    shutil.copy(server / (protocol.FINAL if best["round"] == final["round"] else protocol.BEST), run.best)
+    model = torch.load(server / protocol.LAST, weights_only=True)["model"]
+    save_tensors(run.final, model)
+    shutil.copy(run.final if best["round"] == final["round"] else server / protocol.BEST, run.best)
     if (server / protocol.AUDIT_LOG).exists():
         shutil.copy(server / protocol.AUDIT_LOG, run.audit_log)
     # In a round's record (from 0), sites validate the model that they received: the one before that round.
@@ -62,7 +63,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         for record in rounds
     }
     curve[final["round"]] = {site: (report, report[protocol.VAL_IMAGES]) for site, report in reports.items()}
-    asked = {number: sorted(cohorts.get(number, sites), key=_by_number) for number in curve}
+    asked = {number: sorted(cohorts.get(number, sites), key=by_number) for number in curve}
     asked[final["round"]] = [*reports, *lost]
     trained = {record["round"] + 1: [*record["sites"]] for record in rounds if options.sites_per_round}
     counts = {
@@ -73,13 +74,13 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
     model_card.write(run, options, {protocol.FINAL: tested, protocol.BEST: best_tested})
     return {
         "rounds": [
-            _validation(number, own, asked[number], lost) | {"participants": trained.get(number)}
+            validation(number, own, asked[number], lost) | {"participants": trained.get(number)}
             for number, own in curve.items()
         ],
         "stopped_early": stopped_early,
-        "test": tested,
+        "test": {**tested, **_classification(run, final.get("counts", {}), options)},
         "model": protocol.FINAL,
-        "sha256": fingerprint(torch.load(run.final, weights_only=True)),
+        "sha256": fingerprint(model),
         "best": {"round": best["round"], "model": protocol.BEST, "test": best_tested},
         "leak": _leak(reports),
         "lost": lost,
@@ -97,15 +98,21 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
 def failure(run: RunFolder, error: Exception, site_failed: bool) -> str:
     """Say why a run failed: the site's own error, else the server's reason for ending the run, else `error`.
 
-    Keeps the global model after the last finished round as `last.pt`, if there is one.
+    Writes the reason to `failure.json`, which makes the run a failed one.
     """
-    reason, left = str(error), ""
+    reason = str(error)
     if (run.server / protocol.FAILURE).exists() and not site_failed:
         reason = json.loads((run.server / protocol.FAILURE).read_text(encoding="utf-8"))["reason"]
-    if (run.server / protocol.FINAL).exists():
-        shutil.copy(run.server / protocol.FINAL, run.last)
-        left = f"\n{run.last} is the global model after the last finished round"
-    return f"{reason}{left}\nFull log: {run.log}"
+    write_json(run.failure, {"reason": reason})
+    return f"{reason}{left_behind(run)}\nFull log: {run.log}"
+
+
+def left_behind(run: RunFolder) -> str:
+    """What is left of an unfinished run, as lines that follow others: a model, and how to resume; else empty."""
+    if not (number := run.keep_last()):
+        return ""
+    resume = f"resume with: python job.py --resume {run.name}"
+    return f"\n{run.last} is the global model after round {number}, the last that finished; {resume}"
 
 
 def death(run: RunFolder, process: str) -> str:
@@ -151,36 +158,6 @@ def fingerprint(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _validation(
-    number: int, reports: dict[str, tuple[dict[str, Any], int]], asked: list[str], lost: list[str]
-) -> dict[str, Any]:
-    """Validation metrics after round `number`, weighted by images per site.
-
-    Args:
-        number: of the round.
-        reports: site -> its metrics, its number of validation images.
-        asked: the sites that were to validate this model.
-        lost: sites that were lost later; the means of all rounds exclude them.
-    """
-    names = (protocol.METRIC, "val_loss")
-    accuracies, losses = ({site: reports.get(site, ({}, 0))[0].get(name) for site in asked} for name in names)
-    images = {site: 0 if site in lost else reports.get(site, ({}, 0))[1] for site in asked}
-    mean = weighted_mean(accuracies, images)
-    return {
-        "round": number,
-        "accuracy": mean,
-        "sites": _rounded(accuracies),
-        "loss": weighted_mean(losses, images),
-        "losses": _rounded(losses),
-        "missing": [] if mean is None else [site for site in asked if accuracies[site] is None or not images[site]],
-    }
-
-
-def _rounded(values: dict[str, float | None]) -> dict[str, float | None]:
-    """The precision of float32, which is what models log: rounds x sites of them are most of results.json."""
-    return {site: value if value is None else round(value, 7) for site, value in values.items()}
-
-
 def _test(reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Test of one model: `accuracy` and `loss` over all sites' test images, the same per site, and the `worst` site."""
     images = {site: report[protocol.TEST_IMAGES] for site, report in reports.items()}
@@ -205,13 +182,22 @@ def _leak(reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
+def _classification(run: RunFolder, counts: dict[str, Any], options: Options) -> dict[str, Any]:
+    """Keep how the final model classified the test images, and compute `metrics`, `majority` and `never_predicted`."""
+    if not counts:
+        return {}
+    sites = {site: counts[site] for site in sorted(counts, key=by_number)}
+    write_json(run.test_counts, {"classes": options.classes, "sites": sites})
+    of_all = Counts.of(*sites.values())
+    (values, (bounds, _)), (majority, baseline) = (of_all.metrics(), of_all.intervals(options.seed)), of_all.majority()
+    return {
+        "metrics": {name: [value, *map(float, bounds.get(name, ()))] for name, value in values.items()},
+        "majority": {"class": options.classes[majority], "metrics": baseline},
+        "never_predicted": [options.classes[number] for number in of_all.never_predicted()],
+    }
+
+
 def _rounds_since_best(rounds: list[dict[str, Any]]) -> int:
     """Number of rounds since the one with the best validation accuracy."""
     accuracies = [record["metrics"][protocol.METRIC] for record in rounds if protocol.METRIC in record["metrics"]]
     return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
-
-
-def _by_number(site: str) -> tuple[int, str]:
-    """site-2 before site-10."""
-    digits = re.search(r"\d+$", site)
-    return (int(digits[0]) if digits else 0, site)

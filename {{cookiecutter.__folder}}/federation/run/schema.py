@@ -2,16 +2,18 @@
 
 import json
 import platform
-from collections.abc import Sequence
+import subprocess
+import sys
 from dataclasses import fields
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from federation.errors import UserError
 from federation.protocol import LEAK_IMAGES
-from federation.run.folder import RunFolder
-from federation.run.metrics import as_text, quantiles, some
+from federation.run.folder import PROJECT, RunFolder
+from federation.run.metrics import as_text, by_number, quantiles, some, validation
 from settings import INHERITED, Options
 
 VERSION = 2
@@ -23,9 +25,15 @@ STAGE_OPTIONS = [  # may differ between a run and the one that it resumes
     for each in fields(Options)
     if each.metadata.get("resume") == INHERITED and each.metadata["group"] == "training" and each.name != "num_rounds"
 ]
+COMPARED = {  # key in compare.json -> title
+    "centralized": "centralized",
+    "federated": "federated",
+    "alone": "alone, own test images",
+    "alone_on_all": "alone, all test images",
+}
 ADDED_KEYS = (  # missing from older files
     *("model_class", "best", "resumed", "max_batches", "data_root", "sha256", "timing", "threads", "total_rounds"),
-    "stages",
+    *("stages", "command", "started", "commit", "clean"),
 )
 
 
@@ -34,8 +42,7 @@ def compose(
     collected: dict[str, Any],
     device: str,
     wall_s: float,
-    resumed: dict[str, Any] | None = None,
-    stages: Sequence[dict[str, Any]] = (),
+    record: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the content of results.json.
 
@@ -44,21 +51,45 @@ def compose(
         collected: what outcome.collect returned, without `counts`.
         device: `cpu`, or the GPU's name.
         wall_s: seconds since the program started.
-        resumed: the `run` that this one resumes, and after which `round`.
-        stages: of that run.
+        record: the content of start.json: what `origin` returned; which `run` is resumed, and after which `round`; the
+            `stages` of that run.
     """
     made_with = options.of_run()
     del made_with["classes"]  # partition.json has them
-    rounds = collected["rounds"][-1]["round"] - (resumed["round"] if resumed else 0)
+    rounds = collected["rounds"][-1]["round"] - (record["resumed"]["round"] if record["resumed"] else 0)
     return {
         "version": VERSION,
+        **record,
         **made_with,
-        "resumed": resumed,
-        "stages": [*stages, {"rounds": rounds, **{name: made_with[name] for name in STAGE_OPTIONS}}],
+        "stages": [*record["stages"], stage(made_with, rounds)],
         "device": device,
         **collected,
         "wall_s": round(wall_s, 2),
         "versions": versions(),
+    }
+
+
+def origin() -> dict[str, Any]:
+    """Where a result comes from.
+
+    Returns:
+        `command`: the words of this process's command; `started`: the local time; `commit` of the project's git
+        repository, and whether its files are `clean`, as they are in that commit: null if there is none.
+    """
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit,
+        "clean": git("status", "--porcelain", "--", ".") == "" if commit else None,
     }
 
 
@@ -76,10 +107,14 @@ def versions() -> dict[str, str]:
 def read(run: RunFolder) -> dict[str, Any]:
     """Read a run's results.json, of this or an older version. Keys that an older one lacks are null or empty.
 
+    For an unfinished run, the same keys as far as they are known: there is no test. The key `state`, which is not in
+    the file, is that of `RunFolder`.
+
     Raises:
         UserError: the file is missing, broken, or newer than this project.
     """
-    result = read_json(run.results)
+    state = run.state
+    result = read_json(run.results) if state in ("finished", None) else _so_far(run)
     written = result.get("version", 0)
     if written > VERSION:
         todo = "use the project that wrote it"
@@ -91,13 +126,50 @@ def read(run: RunFolder) -> dict[str, Any]:
         entry.setdefault("participants", None)
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
     usual |= {"rejected": [], "images": {}, "leak": {}}
-    return {**usual, **dict.fromkeys(ADDED_KEYS), **result}
+    return {**usual, **dict.fromkeys(ADDED_KEYS), **result, "state": state}
+
+
+def _so_far(run: RunFolder) -> dict[str, Any]:
+    """What there would be in results.json if an unfinished run had been meant to end here."""
+    records = run.rounds()
+    rounds = []
+    for record in records:
+        sites = {name: record["sites"][name] for name in sorted(record["sites"], key=by_number)}
+        reports = {name: (own["metrics"], own["val"]) for name, own in sites.items()}
+        rounds.append(validation(record["round"], reports, [*sites], []) | {"participants": None})
+    return {
+        "version": VERSION,
+        **(read_json(run.start) if run.start.exists() else {}),
+        **read_json(run.options),
+        "rounds": rounds,
+        "test": {"accuracy": None, "loss": None, "sites": {}, "worst": None},
+        "rejected": [answer for record in records for answer in record["rejected"]],
+        "wall_s": None,
+    }
 
 
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The `stages` of a results.json; a file without them counts as one stage."""
-    known = {name: result[name] for name in STAGE_OPTIONS if name in result}
-    return result["stages"] or [{"rounds": result["rounds"][-1]["round"], **known}]
+    return result["stages"] or [stage(result, result["rounds"][-1]["round"])]
+
+
+def stage(made_with: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """An entry of `stages`: a number of rounds, and the training options among those of a run."""
+    return {"rounds": rounds, **{name: made_with[name] for name in STAGE_OPTIONS if name in made_with}}
+
+
+def validated(entry: dict[str, Any]) -> float:
+    """The validation accuracy of an entry of `rounds`, if it is of a trained model; else 0."""
+    return entry["accuracy"] or 0.0 if entry["round"] else 0.0
+
+
+def n_finished(result: dict[str, Any]) -> int:
+    """The number of the last round that has finished, in this run or in one that it resumes; 0: none.
+
+    The model after the last round of an unfinished run has not been validated yet.
+    """
+    last = result["rounds"][-1]["round"] if result["rounds"] else -1
+    return int(last + (result["state"] != "finished"))
 
 
 def coverage(result: dict[str, Any]) -> list[str]:
@@ -138,6 +210,8 @@ def privacy(result: dict[str, Any]) -> list[str]:
 def caveats(result: dict[str, Any]) -> list[str]:
     """Warnings about a run's metrics, one line each: missing sites, rejected answers, a dominant site."""
     found, rejected, excluded = [], [], []
+    if unused := result["test"].get("never_predicted"):
+        found.append(f"never predicted on test images that have it: class {some(unused)}")
     if result["lost"]:
         found.append(f"no final evaluation from {some(result['lost'])}: the means exclude them")
     for record in result["rejected"]:

@@ -23,7 +23,7 @@ from federation.exchange import SiteCheck, TensorSpecs, specs_of, tensor_fault
 from federation.protocol import (
     COHORT,
     FAILURE,
-    FINAL,
+    LAST,
     LEFT_OUT,
     REJECTED,
     SITES,
@@ -42,8 +42,8 @@ class AnswerCheck(FLComponent):
     """Checks each answer of a site on arrival, and the global model after each round.
 
     An answer that fails is emptied, so that every workflow ignores it, and recorded in `rejected.jsonl`: its `round`
-    (from 0; null for an evaluation), `site`, `task` and the `reason`. So are those that a host has left out. `final.pt`
-    is the global model after the last round in which it was finite.
+    (from 0; null for an evaluation), `site`, `task` and the `reason`. So are those that a host has left out. `last.pt`
+    is the global model after the last round in which it was finite, and that round's number.
 
     Args:
         algorithm: job.py's `--algorithm`.
@@ -79,7 +79,7 @@ class AnswerCheck(FLComponent):
             self.round += 1
             model = global_model(fl_ctx)
             if all(torch.isfinite(tensor).all() for tensor in model.values()):
-                save_tensors(run_folder(fl_ctx) / FINAL, model)
+                save_tensors(run_folder(fl_ctx) / LAST, {"round": self.round, "model": model})
             else:
                 reason = f"the global model is not finite after round {self.round}: {DIVERGENCE_HINT}"
                 write_json(run_folder(fl_ctx) / FAILURE, {"reason": reason})

@@ -24,13 +24,14 @@ from federation.protocol import (
     BEST,
     DONE,
     EVALUATION,
-    FINAL,
+    LAST,
     METRIC,
     PROGRESS,
     REJECTED,
     ROUNDS,
     SITES,
     STARTING,
+    TEST_COUNTS,
     VAL_IMAGES,
     append_json,
     read_json_lines,
@@ -52,7 +53,7 @@ class FinalEvaluation(ModelController):
       answers that were left out;
     - `best.pt`, a state dict, if a model before the last one validated best;
     - `evaluation.json`: `final` and `best`, each with its `round` (number of aggregations), validation `accuracy`,
-      and for each site the metrics that client.py sends;
+      for each site the metrics that client.py sends, and `counts`: those that are arrays (site/scores.py);
     - `progress.jsonl`: when the run started and when it was done, in the sites' format (site/progress.py).
 
     Args:
@@ -94,11 +95,12 @@ class FinalEvaluation(ModelController):
 
     def run(self) -> None:
         folder = run_folder(self.fl_ctx)
-        final = self.evaluate(torch.load(folder / FINAL, weights_only=True), self.n_aggregations)
+        final = self.evaluate(torch.load(folder / LAST, weights_only=True)["model"], self.n_aggregations)
         report = {"final": final, "best": final}
         validation = {site: (metrics, metrics[VAL_IMAGES]) for site, metrics in final["sites"].items()}
         if self.best and not is_at_least_as_good(validation, self.best, self.sampled):
             report["best"] = self.evaluate(torch.load(folder / BEST, weights_only=True), self.best_round)
+            del report["best"]["counts"]  # megabytes that nothing reads
         write_json(folder / EVALUATION, report)
         self._announce(DONE, self.fl_ctx)
 
@@ -118,9 +120,13 @@ class FinalEvaluation(ModelController):
         for result in results:
             if result.metrics:
                 sites |= result.metrics if self.hosted else {result.meta["client_name"]: result.metrics}
+        counts = {
+            site: {name: own.pop(name).tolist() for name in TEST_COUNTS if name in own} for site, own in sites.items()
+        }
         require_majority(len(sites), self.n_sites, self.fl_ctx, evaluation=True)
         accuracy = mean_metrics([(sites[name], sites[name][VAL_IMAGES]) for name in sorted(sites)]).get(METRIC)
-        return {"round": n_aggregations, "accuracy": accuracy, "sites": sites}
+        shared = {site: own for site, own in counts.items() if own}
+        return {"round": n_aggregations, "accuracy": accuracy, "sites": sites, "counts": shared}
 
 
 def is_at_least_as_good(new: Validation, old: Validation, sampled: bool = False) -> bool:
