@@ -1,8 +1,9 @@
 """Flower's simulation engine: FedAvg on Ray, with one actor per core and one PyTorch thread each.
 
 Trains the project's LitNet with Lightning, as Flower's Lightning quickstart does: a train message validates and fits,
-an evaluate message tests; FedAvg evaluates after each round. With "lean" in the work, it is the least that Flower can
-do: Net in a plain loop without Lightning, no validation, and one evaluation after the last round.
+an evaluate message tests; FedAvg evaluates after each round, at as many sites as it trains. With "lean" in the work, it
+is the least that Flower can do: Net in a plain loop without Lightning, no validation, and one evaluation after the last
+round.
 """
 
 import logging
@@ -81,8 +82,10 @@ class Strategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        if LEAN and server_round < OPTIONS.num_rounds:
+        is_last = server_round == OPTIONS.num_rounds
+        if LEAN and not is_last:
             return []
+        self.min_evaluate_nodes = EVALUATORS if is_last else COHORT
         return super().configure_evaluate(server_round, arrays, config, grid)
 
 
@@ -90,9 +93,8 @@ class Strategy(FedAvg):
 def serve(grid: Grid, context: Context) -> None:
     strategy = Strategy(
         fraction_train=COHORT / N_SITES,
-        fraction_evaluate=EVALUATORS / N_SITES,
+        fraction_evaluate=min(COHORT, EVALUATORS) / N_SITES,
         min_train_nodes=COHORT,
-        min_evaluate_nodes=EVALUATORS,
         min_available_nodes=N_SITES,
     )
     initial = ArrayRecord(make_model().state_dict())
