@@ -65,6 +65,17 @@ NOT_RUN = {
     "docker compose -f deploy/compose.yml down": NO_DOCKER,
     "docker compose -f deploy/compose.yml build": NO_DOCKER,
 }
+NOT_RUN |= {
+    "python ledger.py KIT/ledger/SITE.jsonl": "tests/project/test_ledger.py runs it",
+    "cd DIR/app && find * -type f ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum": (
+        "tests/project/test_ledger.py runs it on an exported job"
+    ),
+    "srun --nodes 3 --ntasks-per-node 1 sh -c 'exec KITS/host-$((SLURM_PROCID + 1))/startup/sub_start.sh --once'": (
+        "needs several machines with Slurm; tests/project/test_real_sites.py starts three kits with this script"
+    ),
+    "python job.py --env prod --startup_kit KIT --sites host-1,host-2,host-3 --simulate --n_clients 2000"
+    " --dataset digits": "tests/project/test_real_sites.py runs it with fewer sites",
+}
 CLASSES = ["benign", "malign"]
 
 
