@@ -47,6 +47,7 @@ RUN = {
     "submit": "python job.py --env prod --startup_kit KIT --dataset image_folder --classes classes.txt",
     "status": "nvflare system status --startup-kit KIT",
     "jobs": "nvflare job list --startup-kit KIT",
+    "ledger": "python ledger.py KIT/ledger/SITE.jsonl",
     "stop": "echo y | KIT/startup/stop_fl.sh",
     "expiry": "openssl x509 -enddate -noout -in KIT/startup/client.crt",
     "renew": "cp RENEWED/startup/client.* KIT/startup/",
@@ -57,6 +58,9 @@ RUN = {
 NO_DOCKER = "needs Docker; test_deploy.py checks the compose file and the image"
 NOT_RUN = {
     "python job.py --env poc": "tests/project/test_sites.py runs it",
+    "cd DIR/app && find * -type f ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum": (
+        "tests/project/test_ledger.py runs it"
+    ),
     "sudo chown -R 10001:10001 KIT": "needs root",
     "KIT=/path/to/kit docker compose -f deploy/compose.yml up -d server": NO_DOCKER,
     "KIT=/path/to/kit IMAGES=/path/to/images docker compose -f deploy/compose.yml up -d site": NO_DOCKER,
@@ -281,9 +285,10 @@ def test_a_job_gets_its_image_images_and_environment_on(federation, runtime):
     prepared = prepare(federation, "north", runtime, text)
     study = load_study_runtime_file(str(prepared / "local" / "study_runtime.yaml"), runtime)["default"]
     assert study.container_image == "eyes_2:cpu"
-    (images,) = study.datasets
+    images, ledger = study.datasets
     assert (images.source, images.mount_path, images.read_only) == ("/path/to/images", "/data/default/images", True)
-    assert study.env["FL_DATA_ROOT"] == images.mount_path
+    assert (ledger.source, ledger.mount_path, ledger.read_only) == ("/path/to/ledger", "/data/default/ledger", False)
+    assert (study.env["FL_DATA_ROOT"], study.env["FL_LEDGER"]) == (images.mount_path, ledger.mount_path)
     launcher = component(prepared, f"{runtime}_launcher")
     if runtime == "docker":
         assert launcher["path"].endswith(".ClientDockerJobLauncher")
@@ -358,6 +363,7 @@ def test_a_researcher_submits_and_an_operator_watches(running):
     assert "Final test accuracy" in said and "may not read the server's log" not in said
     assert "north" in typed("status", running.admin, operator)
     assert "FINISHED:COMPLETED" in typed("jobs", running.admin, operator)
+    assert "chain intact" in typed("ledger", running.admin, {"KIT": running.kits["north"], "SITE": "north"})
 
 
 @pytest.mark.slow
@@ -406,6 +412,7 @@ def test_slurm_runs_the_same_job(running):
     del study["studies"]["default"]["container"], study["studies"]["default"]["datasets"]
     study["studies"]["default"]["env"] |= {
         "FL_DATA_ROOT": str(images),
+        "FL_LEDGER": str(slurm / "ledger"),
         "XDG_CACHE_HOME": str(running.root / "home" / "cache"),
     }
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -421,7 +428,7 @@ def test_slurm_runs_the_same_job(running):
     submission = yaml.safe_load((slurm / "1.json").read_text())
     assert {"--export=NIL", "--partition=gpu", "--time=24:00:00"} <= {*submission["words"]}
     assert "--- validate global model ---" in Path(submission["chdir"], "log.txt").read_text()
-    assert not (slurm / "1.cancelled").exists()
+    assert not (slurm / "1.cancelled").exists() and (slurm / "ledger" / "west.jsonl").stat().st_size > 0
 
     long = prepared_command("submit", running.admin, researcher, "--num_rounds 10000 --name long --sites west")
     job = subprocess.Popen(
