@@ -47,6 +47,7 @@ RUN = {
     "submit": "python job.py --env prod --startup_kit KIT --dataset image_folder --classes classes.txt",
     "status": "nvflare system status --startup-kit KIT",
     "jobs": "nvflare job list --startup-kit KIT",
+    "ledger": "python ledger.py KIT/ledger/SITE.jsonl",
     "stop": "echo y | KIT/startup/stop_fl.sh",
     "expiry": "openssl x509 -enddate -noout -in KIT/startup/client.crt",
     "renew": "cp RENEWED/startup/client.* KIT/startup/",
@@ -57,6 +58,9 @@ RUN = {
 NO_DOCKER = "needs Docker; test_deploy.py checks the compose file and the image"
 NOT_RUN = {
     "python job.py --env poc": "tests/project/test_sites.py runs it",
+    "cd DIR/app && find * -type f ! -name '*.pyc' | LC_ALL=C sort | xargs sha256sum | sha256sum": (
+        "tests/project/test_ledger.py runs it"
+    ),
     "sudo chown -R 10001:10001 KIT": "needs root",
     "KIT=/path/to/kit docker compose -f deploy/compose.yml up -d server": NO_DOCKER,
     "KIT=/path/to/kit IMAGES=/path/to/images docker compose -f deploy/compose.yml up -d site": NO_DOCKER,
@@ -259,47 +263,6 @@ def test_a_new_root_is_another_one(federation):
     assert old and new and old != new
 
 
-@pytest.mark.slow
-def test_a_federation_runs_grows_renews_revokes_and_upgrades(federation):
-    images = {
-        site: write_images(federation.root / "images" / site, seed) for seed, site in enumerate(("north", "south"))
-    }
-    federation.start("localhost")
-    for site, root in images.items():
-        federation.start(site, root)
-    researcher, operator = ({"KIT": federation.kits[name]} for name in ("lead@example.com", "ops@example.com"))
-    flags = "--num_rounds 1 --name"
-    said = typed("submit", federation.admin, researcher, f"{flags} first")
-    assert "Final test accuracy" in said and "may not read the server's log" not in said
-    assert "north" in typed("status", federation.admin, operator)
-    assert "FINISHED:COMPLETED" in typed("jobs", federation.admin, operator)
-
-    # a new site, a renewed one, a revoked one
-    federation.kits["east"] = federation.join("east", "{name: east, type: client, org: east}")
-    assert "overall: pass" in typed("preflight", federation.root / "east", {"KIT": federation.kits["east"]})
-    federation.start("east", images["north"])
-    renewed = federation.join("south", "{name: south, type: client, org: south}", "-renewed")
-    old = (federation.kits["south"] / "startup" / "client.crt").read_bytes()
-    typed("renew", federation.root / "south", {"RENEWED": renewed, "KIT": federation.kits["south"]})
-    assert (federation.kits["south"] / "startup" / "client.crt").read_bytes() != old
-    assert "notAfter" in typed("expiry", federation.root / "south", {"KIT": federation.kits["south"]})
-    federation.stop("south")
-    typed("upgrade", federation.admin)
-    federation.start("south", images["south"])
-    typed("disable", federation.admin, {"SITE": "north", **operator}, "--force")  # asks for confirmation otherwise
-
-    # a newer version of the project: east has been running all the time
-    client = federation.admin / "client.py"
-    client.write_text(client.read_text().replace("--- train new model ---", "--- train with version 2 ---"))
-    typed("submit", federation.admin, researcher, f"{flags} second --sites east,south")
-    for site in ("east", "south"):
-        assert "--- train with version 2 ---" in (federation.root / f"{site}.log").read_text()
-    status = typed("status", federation.admin, operator)
-    assert "east" in status and "south" in status and "north" not in status
-    for name in ("east", "south", "north", "localhost"):
-        federation.stop(name)
-
-
 def prepare(federation: Federation, site: str, runtime: str, study_runtime: str, **changes: object) -> Path:
     """A copy of a site's kit for a cluster, prepared as the guide says with this text of study_runtime.yaml."""
     folder, prepared = federation.root / site, federation.root / site / runtime
@@ -333,9 +296,10 @@ def test_a_job_gets_its_image_images_and_environment_on(federation, runtime):
     prepared = prepare(federation, "north", runtime, text)
     study = load_study_runtime_file(str(prepared / "local" / "study_runtime.yaml"), runtime)["default"]
     assert study.container_image == "eyes_2:cpu"
-    (images,) = study.datasets
+    images, ledger = study.datasets
     assert (images.source, images.mount_path, images.read_only) == ("/path/to/images", "/data/default/images", True)
-    assert study.env["FL_DATA_ROOT"] == images.mount_path
+    assert (ledger.source, ledger.mount_path, ledger.read_only) == ("/path/to/ledger", "/data/default/ledger", False)
+    assert (study.env["FL_DATA_ROOT"], study.env["FL_LEDGER"]) == (images.mount_path, ledger.mount_path)
     launcher = component(prepared, f"{runtime}_launcher")
     if runtime == "docker":
         assert launcher["path"].endswith(".ClientDockerJobLauncher")
@@ -392,51 +356,100 @@ def test_the_helm_chart_has_all_values_and_the_keys_become_a_secret(federation):
     assert mounted["local"]["configMapName"] == kinds["ConfigMap"]["metadata"]["name"]
 
 
+@pytest.fixture(scope="module")
+def running(federation):
+    """The same with the server and both sites started; stopped as the guide says."""
+    federation.start("localhost")
+    for seed, site in enumerate(("north", "south")):
+        federation.start(site, write_images(federation.root / "images" / site, seed))
+    yield federation
+    federation.stop("south")
+    federation.stop("localhost")
+
+
 @pytest.mark.slow
-def test_slurm_runs_the_same_job(federation):
+def test_a_researcher_submits_and_an_operator_watches(running):
+    researcher, operator = ({"KIT": running.kits[name]} for name in ("lead@example.com", "ops@example.com"))
+    said = typed("submit", running.admin, researcher, "--num_rounds 1 --name first")
+    assert "Final test accuracy" in said and "may not read the server's log" not in said
+    assert "north" in typed("status", running.admin, operator)
+    assert "FINISHED:COMPLETED" in typed("jobs", running.admin, operator)
+    assert "chain intact" in typed("ledger", running.admin, {"KIT": running.kits["north"], "SITE": "north"})
+
+
+@pytest.mark.slow
+def test_a_running_federation_grows_renews_revokes_and_upgrades(running):
+    operator = {"KIT": running.kits["ops@example.com"]}
+    running.kits["east"] = running.join("east", "{name: east, type: client, org: east}")
+    assert "overall: pass" in typed("preflight", running.root / "east", {"KIT": running.kits["east"]})
+    running.start("east", running.root / "images" / "north")
+
+    renewed = running.join("south", "{name: south, type: client, org: south}", "-renewed")
+    certificate = running.kits["south"] / "startup" / "client.crt"
+    old = certificate.read_bytes()
+    typed("renew", running.root / "south", {"RENEWED": renewed, "KIT": running.kits["south"]})
+    assert certificate.read_bytes() != old
+    assert "notAfter" in typed("expiry", running.root / "south", {"KIT": running.kits["south"]})
+    running.stop("south")
+    typed("upgrade", running.admin)
+    running.start("south", running.root / "images" / "south")
+
+    typed("disable", running.admin, {"SITE": "north", **operator}, "--force")  # asks for confirmation otherwise
+    running.stop("north")
+
+    client = running.admin / "client.py"  # a newer version of the project; east runs all the time
+    client.write_text(client.read_text().replace("--- train new model ---", "--- train with version 2 ---"))
+    researcher = {"KIT": running.kits["lead@example.com"]}
+    typed("submit", running.admin, researcher, "--num_rounds 1 --name second --sites east,south")
+    for site in ("east", "south"):
+        assert "--- train with version 2 ---" in (running.root / f"{site}.log").read_text()
+    status = typed("status", running.admin, operator)
+    assert "east" in status and "south" in status and "north" not in status
+    running.stop("east")
+
+
+@pytest.mark.slow
+def test_slurm_runs_the_same_job(running):
     """With stand-ins for Slurm's commands; the job runs in an environment without the site's variables."""
-    slurm = federation.root / "slurm"
+    slurm = running.root / "slurm"
     slurm.mkdir()
     for name in ("sbatch", "squeue", "sacct", "scancel"):
         (slurm / name).write_text(f"#!{sys.executable}\n{(Path(__file__).parent / 'slurm.py').read_text()}")
         (slurm / name).chmod(0o755)
-    federation.kits["west"] = federation.join("west", "{name: west, type: client, org: west}")
-    typed("keep logs", federation.root / "west", {"KIT": federation.kits["west"]})
-    images = write_images(federation.root / "images" / "west", seed=3)
-    study = yaml.safe_load((federation.admin / "deploy" / "study_runtime.yaml").read_text())
+    running.kits["west"] = running.join("west", "{name: west, type: client, org: west}")
+    typed("keep logs", running.root / "west", {"KIT": running.kits["west"]})
+    images = write_images(running.root / "images" / "west", seed=3)
+    study = yaml.safe_load((running.admin / "deploy" / "study_runtime.yaml").read_text())
     del study["studies"]["default"]["container"], study["studies"]["default"]["datasets"]
     study["studies"]["default"]["env"] |= {
         "FL_DATA_ROOT": str(images),
-        "XDG_CACHE_HOME": str(federation.root / "home" / "cache"),
+        "FL_LEDGER": str(slurm / "ledger"),
+        "XDG_CACHE_HOME": str(running.root / "home" / "cache"),
     }
     with socket.create_server(("127.0.0.1", 0)) as probe:
         changes = {"internal_port": probe.getsockname()[1], "parent_host": "localhost", "python_path": sys.executable}
-    prepared = prepare(federation, "west", "slurm", yaml.safe_dump(study), **changes, poll_interval=1)
+    prepared = prepare(running, "west", "slurm", yaml.safe_dump(study), **changes, poll_interval=1)
     assert component(prepared, "slurm_launcher")["path"].endswith(".ClientSlurmJobLauncher")
 
-    federation.start("localhost")
-    redirected = f"> {federation.root / 'west.log'} 2>&1 &"
-    typed("start on Slurm", federation.root / "west", {"PREPARED": prepared}, redirected, slurm)
-    researcher = {"KIT": federation.kits["lead@example.com"]}
-    said = typed("submit", federation.admin, researcher, "--num_rounds 1 --name slurm --sites west")
+    redirected = f"> {running.root / 'west.log'} 2>&1 &"
+    typed("start on Slurm", running.root / "west", {"PREPARED": prepared}, redirected, slurm)
+    researcher = {"KIT": running.kits["lead@example.com"]}
+    said = typed("submit", running.admin, researcher, "--num_rounds 1 --name slurm --sites west")
     assert "Final test accuracy" in said
     submission = yaml.safe_load((slurm / "1.json").read_text())
     assert {"--export=NIL", "--partition=gpu", "--time=24:00:00"} <= {*submission["words"]}
-    assert "--- train new model ---" in Path(submission["chdir"], "log.txt").read_text()
-    assert not (slurm / "1.cancelled").exists()
+    assert "--- validate global model ---" in Path(submission["chdir"], "log.txt").read_text()
+    assert not (slurm / "1.cancelled").exists() and (slurm / "ledger" / "west.jsonl").stat().st_size > 0
 
-    long = prepared_command("submit", federation.admin, researcher, "--num_rounds 10000 --name long --sites west")
+    long = prepared_command("submit", running.admin, researcher, "--num_rounds 10000 --name long --sites west")
     job = subprocess.Popen(
-        long[0], cwd=federation.admin, env=long[1], stdout=subprocess.PIPE, text=True, start_new_session=True
+        long[0], cwd=running.admin, env=long[1], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert job.stdout and any(line.startswith("round 1 ") for line in job.stdout)
     batch_job = psutil.Process(yaml.safe_load((slurm / "2.json").read_text())["pid"])
     os.killpg(job.pid, signal.SIGINT)
     assert job.wait(60) != 0 and not psutil.wait_procs([batch_job], timeout=60)[1]
-    parents = [
-        process for process in federation.processes() if any(str(prepared) in word for word in process.cmdline())
-    ]
+    parents = [process for process in running.processes() if any(str(prepared) in word for word in process.cmdline())]
     for process in parents:
         process.terminate()
     assert parents and not psutil.wait_procs(parents, timeout=60)[1]
-    federation.stop("localhost")
