@@ -146,7 +146,9 @@ def test_classes_and_normalization_are_those_of_the_training(runs, images, progr
 def test_files_are_read_as_for_training(images, tmp_path, fit):
     for split in ("train", "test"):
         shutil.copytree(images / "inner", tmp_path / "root" / split / "cat")
-        Image.fromarray(np.arange(0, 4080, 10, np.uint16).reshape(24, 17)).save(tmp_path / "root" / split / "cat/4.png")
+        Image.fromarray(np.arange(0, 4080, 10).astype(np.uint16).reshape(24, 17)).save(
+            tmp_path / "root" / split / "cat/4.png"
+        )
         shutil.copytree(tmp_path / "root" / split / "cat", tmp_path / "root" / split / "dog")
     options = Options(dataset="image_folder", data_root=str(tmp_path / "root"), image_size=24, classes=["cat", "dog"])
     options.image_fit, options.image_white = fit, 4095
