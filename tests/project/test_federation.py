@@ -173,7 +173,7 @@ class TestAFinishedRun:
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
-        assert len(lines) <= 26
+        assert len(lines) <= 30
         assert "Accuracy of the global model (digits, dirichlet)" in lines
 
     def test_keeps_the_complete_nvflare_log(self, finished):
@@ -197,7 +197,7 @@ class TestAFinishedRun:
         assert finished.result["version"] == schema.VERSION
         options = set(Options(algorithm="fedavg").of_run()) - {"classes"}
         assert set(finished.result) == options | keys_documented((PROJECT / "README.md").read_text(encoding="utf-8"))
-        assert finished.result == schema.read(RunFolder(self.folder(finished)))
+        assert {**finished.result, "state": "finished"} == schema.read(RunFolder(self.folder(finished)))
         final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
         assert finished.result["sha256"] == outcome.fingerprint(final)
 
@@ -231,18 +231,34 @@ class TestAFinishedRun:
         evaluated = [record for record in records if record["task"] != "train"]
         assert {site for record in evaluated for site in record["sites"]} == {"site-1", "site-2", "site-3"}
         for record in evaluated:
-            assert record["tensors"] == [] and set(record["meta"]) == {"kind"}
+            assert {t["name"]: (t["dtype"], t["shape"]) for t in record["tensors"]} == {
+                "test_confusion": ("uint8", [10, 10]),
+                "test_scores": ("uint8", [10, 2, 128]),
+                "test_calibration": ("float64", [3, 15]),
+            }
+            assert set(record["meta"]) == {"kind"}
             counts = {"val_images", "test_images"}
             assert set(record["metrics"]) == {"val_acc", "val_loss", "test_acc", "test_loss"} | counts
 
-    def test_has_a_page_whose_matrix_matches_the_sites_reports(self, finished):
+    def test_counts_the_predictions_that_the_sites_reports_are_about(self, finished):
+        counts = json.loads((self.folder(finished) / "test_counts.json").read_text())
+        assert counts["classes"] == [str(digit) for digit in range(10)]
+        for site, own in finished.result["test"]["sites"].items():
+            matrix = np.array(counts["sites"][site]["test_confusion"])
+            assert matrix.sum() == own["images"]
+            assert np.trace(matrix) / matrix.sum() == pytest.approx(own["accuracy"], abs=1e-6)
+        test = finished.result["test"]
+        value, low, high = test["metrics"]["accuracy"]
+        assert low < value < high and value == pytest.approx(test["accuracy"], abs=1e-6)
+        assert test["majority"]["metrics"]["accuracy"] < 0.2
+
+    def test_has_a_page(self, finished):
         written = finished.run("results.py", "first", "--html")
         assert written.returncode == 0, written.stderr
         page = (self.folder(finished) / "report.html").read_text(encoding="utf-8")
         assert written.stdout == f"{(self.folder(finished) / 'report.html').resolve()}\n"
-        accuracy = finished.result["test"]["accuracy"]
-        assert f"Confusion matrix of all sites: accuracy {accuracy:.3f} on 360 test images" in page
-        assert ", but all sites reported" not in page
+        assert "Confusion matrix, all sites: 360 test images" in page
+        assert "python job.py --dataset digits" in page
         assert "Timeline of each process" in page
         assert "Every tensor matches a weight of the final model by name and shape" in page
 
