@@ -50,6 +50,7 @@ RUN_IN_PROJECT = {  # command -> flags added to keep the test short
 NOT_RUN_IN_PROJECT = {
     f"{PREDICT} latest --export model.onnx": "needs two packages more; tests/project/test_predict.py runs it",
     f"{JOB} --env poc": "a minute; tests/project/test_sites.py runs it",
+    f"{JOB} --dp_epsilon 8": "needs Opacus, which is optional; tests/project/test_dp.py runs it",
     f"{JOB} --env prod --startup_kit KIT --classes classes.txt": "tests/project/test_real_sites.py runs it",
 }
 

@@ -42,7 +42,7 @@ def test_the_requirements_are_the_packages_that_the_project_imports():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 modules.add(node.module.split(".")[0])
     distributions = importlib.metadata.packages_distributions()
-    optional = {"mlflow", "wandb", "onnxruntime", "pydicom"}  # README.md says when to install them
+    optional = {"mlflow", "wandb", "onnxruntime", "opacus", "pydicom"}  # README.md says when to install them
     optional |= {"packaging", "lightning_utilities"}  # what others depend on
     imported = {normalized(distributions[name][0]) for name in modules - own - optional - set(sys.stdlib_module_names)}
     required = {normalized(re.split("[><=;]", line)[0].strip()) for line in requirements(FILES[0])}

@@ -13,10 +13,11 @@ import federation.site.quick_start  # noqa: F401 (Lightning starts sooner)
 import nvflare.client as flare_client
 import nvflare.client.lightning as flare  # (1) import NVFlare's Lightning client API
 from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
-from pytorch_lightning import LightningModule, seed_everything
+from pytorch_lightning import Callback, LightningModule, seed_everything
 
 from data import SiteDataModule
-from federation.protocol import HOLDS, PROGRESS, TEST_IMAGES, VAL_IMAGES
+from federation.protocol import HOLDS, LEDGER, PROGRESS, TEST_IMAGES, VAL_IMAGES
+from federation.site.budget import private
 from federation.site.leak import membership
 from federation.site.progress import Progress
 from federation.site.scores import ScoreCounts
@@ -40,8 +41,7 @@ def main() -> None:
             flare_client.send(evaluate(input_model, model, data, options))
             continue
         model.__fl_meta__ = {**getattr(model, "__fl_meta__", {}), **weights(data)}
-        progress = Progress(options.tracking, flare.get_config().get(PROGRESS))
-        trainer = make_trainer(options, options.local_epochs, [progress])
+        trainer = make_trainer(options, options.local_epochs, callbacks(site, options, data, model))
         flare.patch(trainer, restore_state=False)  # (2) patch the trainer
         print(f"\n[Current Round={input_model.current_round}, Site = {site}]\n\n--- validate global model ---")
         trainer.validate(model, datamodule=data, verbose=is_watched(options))
@@ -60,6 +60,12 @@ def is_watched(options: Options) -> bool:
     The others skip the test of their own new model, which only their log and a tracker would show.
     """
     return not options.simulated or options.n_clients <= FEW_SITES or options.tracking != "none"
+
+
+def callbacks(site: str, options: Options, data: SiteDataModule, model: LightningModule) -> list[Callback]:
+    """What happens along with a site's training: progress is announced, and differential privacy if wanted."""
+    config = flare.get_config()
+    return [Progress(options.tracking, config.get(PROGRESS)), *private(site, options, data, model, config.get(LEDGER))]
 
 
 def open_data(site: str, options: Options, round_: int) -> SiteDataModule:

@@ -12,9 +12,12 @@ import click
 
 from federation.errors import UserError, exit_code
 from federation.launch.options import Command, read_arguments
+from federation.protocol import DP
+from federation.site.budget import spent
 from federation.site.ledger import digest, read
 from results import print_table
 
+UNIQUE = ("time", "round", "previous", DP)  # not compared when equal answers share a row
 LIMITS = """
 The ledger lists the answers to all tasks, and which curves were sent to a tracker. It does not list NVFlare's other
 messages, such as heartbeats, nor what administrators read at this site. A job's code runs as the user who owns this
@@ -35,7 +38,7 @@ def page(file: Path) -> None:
     lists: dict[str, str] = {}  # the tensors of an answer -> their label
     jobs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in records:
-        kind = json.dumps({key: value for key, value in record.items() if key not in ("time", "round", "previous")})
+        kind = json.dumps({key: value for key, value in record.items() if key not in UNIQUE})
         jobs.setdefault(f"{record['job']} {record['code']}", {}).setdefault(kind, []).append(record)
     for kinds in jobs.values():
         rows = [["task", "rounds", "answers", "tensors", "bytes", "metrics", "also", "curves"]]
@@ -61,6 +64,12 @@ def page(file: Path) -> None:
     for text, label in lists.items():
         sizes = [[t["name"], str(t["shape"]), t["dtype"], f"{t['bytes']:,}"] for t in json.loads(text)]
         print_table(f"Tensors, {label}", [["name", "shape", "type", "bytes"], *sizes])
+    if spent(records) is None:
+        print("\nWeights have left this site without differential privacy.")
+    elif plans := [record[DP] for record in records if record[DP]]:
+        of_all = f"ε = {plans[-1]['epsilon']:.2f} at δ = {plans[-1]['delta']:.1e}"
+        limit = ", but simulated: no guarantee" if any(plan["seeded"] for plan in plans) else ""
+        print(f"\nDifferential privacy of single images in all weights that have left: {of_all}{limit}.")
 
 
 def main() -> None:

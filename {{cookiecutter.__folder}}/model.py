@@ -13,6 +13,7 @@ numbers, as for dropout and augmentation, are seeded before each `fit`.
 """
 
 import math
+from types import MethodType
 from typing import Any
 
 import torch
@@ -124,11 +125,17 @@ class LitResNet(LitNet):
 
     def __init__(self, num_classes: int, options: Options):
         super().__init__(num_classes, options)
-        from torchvision.models import resnet18  # here, because the import takes seconds and LitNet does not need it
+        # Here, because the import takes seconds and LitNet does not need it.
+        from torchvision.models.resnet import BasicBlock, resnet18
 
         self.model = resnet18(num_classes=num_classes, norm_layer=lambda channels: nn.GroupNorm(32, channels))
         self.model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         self.model.maxpool = nn.Identity()
+        for module in self.model.modules():  # no in-place operations, which --dp_epsilon does not allow
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+            elif isinstance(module, BasicBlock):
+                module.forward = MethodType(residual, module)
         self.round = 0
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -151,6 +158,12 @@ class LitResNet(LitNet):
 
         schedule = optim.lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def residual(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward pass of torchvision's BasicBlock, without its in-place addition."""
+    out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 def augment(x: torch.Tensor, padding: int = 4) -> torch.Tensor:

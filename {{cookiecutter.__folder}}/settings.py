@@ -103,6 +103,9 @@ class Options:
     site_timeout: float = sites(86_400.0, "seconds a site may take for a round; POC, too", above=0)
     export: str | None = sites(None, "write the job to DIR instead of submitting it", metavar="DIR", local=True)
 
+    dp_epsilon: float | None = privacy(None, "differential privacy: ε of each site in this job", above=0)
+    dp_delta: float | None = privacy(None, "its δ, below 1 / n for n training images  [0.1 / n]", above=0, below=1)
+    dp_clip: float = privacy(1.0, "norm to which it clips the gradient of each image", above=0)
     leak_test: bool | None = privacy(None, "measure what the final model's loss gives away  [simulator: yes]")
 
     resume: str | None = output(None, "resume runs/RUN from its last model", metavar="RUN", local=True)

@@ -106,6 +106,15 @@ def test_a_ledger_lists_the_curves_that_a_tracker_gets(task, tmp_path, monkeypat
     assert {"train/loss", "val/acc", "test/acc"} <= set(record["curves"])
 
 
+def test_a_site_that_refuses_a_task_says_why_and_sends_nothing_else(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("FL_DP_EPSILON", "4")
+    sent = answer(task(AppConstants.TASK_TRAIN, "site-1", "site-2")[0])
+    reason = "it declined: this site requires differential privacy (FL_DP_EPSILON): use --dp_epsilon"
+    assert (sent.meta[SITES], sent.meta[LEFT_OUT]) == ({}, {"site-1": reason, "site-2": reason})
+    (record,) = read(tmp_path / "ledger" / "site-1.jsonl")
+    assert (record["tensors"], record["metrics"]) == ([], [])
+
+
 def test_a_failed_task_is_in_the_ledger(task, tmp_path, monkeypatch):
     monkeypatch.setattr("data.SiteDataModule.setup", lambda *_: 1 / 0)
     task(AppConstants.TASK_TRAIN, "site-1")

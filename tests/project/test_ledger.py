@@ -126,13 +126,15 @@ def test_a_command_verifies_and_prints_the_ledger(project, file):
     tensors = [{"name": "conv.weight", "shape": [6, 3], "dtype": "float32", "bytes": 72}]
     file.unlink()
     for number in range(3):
-        left = {"tensors": tensors, "metrics": ["val_acc"], "meta": {"val_images": "int"}}
+        plan = {"noise": 1.0, "rate": 0.1, "steps": 9, "epsilon": number + 0.5, "delta": 1e-4, "seeded": False}
+        left = {"tensors": tensors, "metrics": ["val_acc"], "meta": {"val_images": "int"}, "dp": plan}
         append(file, {**answer, "round": number, **left}, durable=False)
     shown = project.run("ledger.py", str(file.parent))
     assert shown.returncode == 0, shown.stderr
     assert "3 answers, chain intact" in shown.stdout
     assert ledger.digest(file.read_bytes().splitlines()[-1]) in shown.stdout
     assert "Job a1b2 of lead@example.com" in shown.stdout and "code c0de" in shown.stdout
+    assert "all weights that have left: ε = 2.50 at δ = 1.0e-04." in shown.stdout
     for text in ("1-3", "216", "val_acc", "val_images", "conv.weight", "[6, 3]"):
         assert text in shown.stdout
     file.write_text(file.read_text().replace("val_acc", "val_loss", 1))

@@ -30,7 +30,7 @@ def main('''
 
 def poison(project: Project, sites: set[str]) -> None:
     """Make some of a project's sites send NaN in the second round."""
-    project.replace("client.py", "[progress])", "[progress, Poison(site, round_)])")
+    project.replace("client.py", "data, model))", "data, model) + [Poison(site, round_)])")
     project.replace("client.py", "def main(", POISON.replace("{sites}", repr(sites)))
 
 

@@ -1,4 +1,4 @@
-"""The two kinds of error, and how every program turns them into a message and an exit code.
+"""The kinds of error, and how every program turns them into a message and an exit code.
 
 Imports only the standard library.
 """
@@ -12,6 +12,10 @@ from collections.abc import Callable
 
 class UserError(Exception):
     """A mistake that the user can fix, in one line: what is wrong, what was expected, what to type. Exit code 2."""
+
+
+class Declined(Exception):
+    """A site refuses a task, in one line, which the submitter is told. The job continues with the other sites."""
 
 
 class RunError(Exception):

@@ -16,6 +16,8 @@ from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 from federation.protocol import (
     CALIBRATION,
     CONFUSION,
+    DECLINED,
+    DP,
     HOLDS,
     N_CONFIDENCES,
     N_SCORES,
@@ -28,6 +30,7 @@ from federation.protocol import (
 
 MAX_IMAGES = 10**9  # no site has more; a site's number of images is its weight in the mean
 SHARES, LOSSES = ("val_acc", "test_acc"), ("val_loss", "test_loss")  # the metrics that the project itself uses
+MAX_REASON = 500  # characters of why a site declines
 ROUNDING = 1e-6  # error of a share computed in float32
 
 HEADERS, CONTENT = "__headers__", "DXO"  # the two parts of NVFlare's message
@@ -62,6 +65,8 @@ class SiteCheck:
             round_: the number of the current round.
         """
         content = from_shareable(answer)
+        if reason := content.meta.get(DECLINED):
+            return f"it declined: {str(reason)[:MAX_REASON]}"
         if SITES in content.meta:
             return "it answers for other sites"
         if task != AppConstants.TASK_TRAIN:
@@ -79,6 +84,7 @@ class SiteCheck:
         return (
             tensor_fault(content.data, specs)
             or (tensor_fault(controls, specs, complete=False) if self.algorithm == "scaffold" else None)
+            or (metric_fault(meta[DP]) if meta.get(DP) else None)
             or self.training_fault(site, meta.get(MetaKey.INITIAL_METRICS), counts)
         )
 

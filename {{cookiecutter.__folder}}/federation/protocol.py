@@ -30,6 +30,7 @@ STARTING, VALIDATING, TRAINING, TESTING = "starting", "validating", "training", 
 PREDICTING, EVALUATING, WAITING, DONE = "predicting", "evaluating", "waiting", "done"
 PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITING)  # of a site
 
+LEDGER = "ledger"  # key of the client's configuration
 LEDGER_VARIABLE = "FL_LEDGER"  # the folder of a site's ledger; job.py sets it in a simulation and in a POC
 
 # Keys of a site's answers.
@@ -37,6 +38,8 @@ METRIC = "val_acc"  # models are compared by this
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
 LEAK_AUC, LEAK_TPR = "leak_auc", "leak_tpr"  # membership inference: site/leak.py
 LEAK_IMAGES = 500  # at most so many training images and as many test images are used for it
+DP = "dp"  # a round of differentially private training: site/budget.py
+DECLINED = "fl_declined"  # why a site refuses the task
 HOLDS = "holds "  # prefix of a class name: number of the site's training and validation images
 # Arrays in the metrics of a final evaluation, of the test images: see site/scores.py and run/classification.py.
 CONFUSION, SCORES, CALIBRATION = "test_confusion", "test_scores", "test_calibration"

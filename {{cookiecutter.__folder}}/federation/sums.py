@@ -7,7 +7,7 @@ from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
 from nvflare.app_common.app_constant import AlgorithmConstants
 
 from federation.exchange import dtype_of, mean_metrics
-from federation.protocol import SITES, VAL_IMAGES
+from federation.protocol import DP, SITES, VAL_IMAGES
 
 CHANGE = AlgorithmConstants.SCAFFOLD_CTRL_DIFF
 # In the meta of a host's answer: the low parts of its sums, and the dtypes of the tensors that it added up.
@@ -35,6 +35,8 @@ class AnswerSum:
         """Add the answer of a site, which must have passed the checks."""
         images = answer.meta[MetaKey.NUM_STEPS_CURRENT_ROUND]
         self.sites[site] = {"metrics": answer.metrics or {}, "train": images, "val": answer.meta.get(VAL_IMAGES, 0)}
+        if DP in answer.meta:
+            self.sites[site][DP] = answer.meta[DP]
         self.kind = answer.params_type
         self.dtypes |= {name: dtype_of(value) for name, value in answer.params.items()}
         for sums, tensors in ((self.weights, answer.params), (self.changes, answer.meta.get(CHANGE, {}))):

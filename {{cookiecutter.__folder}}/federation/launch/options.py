@@ -152,6 +152,7 @@ def _check(options: Options, given: set[str], start: Start) -> None:
             why = "with {site}, each site has its own" if own_roots else "real sites have their own: use none"
             raise UserError(f"--partition {options.partition} splits one data set, but {why}")
         options.partition = "none"
+    _check_privacy(options, given)
     if options.leak_test is None:
         options.leak_test = options.env == "sim"
     _check_environment(options, given)
@@ -162,6 +163,20 @@ def _check(options: Options, given: set[str], start: Start) -> None:
         raise UserError(
             f"--tracking {options.tracking} needs a package: {sys.executable} -m pip install {options.tracking}"
         )
+
+
+def _check_privacy(options: Options, given: set[str]) -> None:
+    """Reject what differential privacy does not go with."""
+    if options.dp_epsilon is None:
+        if missing := {"dp_delta", "dp_clip"} & given:
+            raise UserError(f"{FLAGS[min(missing)]} is for differential privacy: add --dp_epsilon")
+        return
+    if options.algorithm == "fedprox":
+        raise UserError("--dp_epsilon would silently switch off FedProx's term: choose another --algorithm")
+    if options.tracking != "none":
+        raise UserError(f"--tracking {options.tracking} sends exact metrics during training: remove it or --dp_epsilon")
+    if importlib.util.find_spec("opacus") is None:
+        raise UserError(f"--dp_epsilon needs a package: {sys.executable} -m pip install 'opacus>=1.6'")
 
 
 def _check_name(options: Options) -> None:

@@ -65,6 +65,8 @@ def write(run: RunFolder) -> Path:
         timeline=plots.timeline(phases) if phases else None,
         seconds=timing.totals(phases) or result["timing"],
         kinds=timing.KINDS,
+        privacy=schema.privacy(result),
+        spent=_by_site({site: [own["epsilon"], own["delta"], own["noise"]] for site, own in result["privacy"].items()}),
         leak=_by_site(schema.leak(result)),
         audit=_audit(run, result),
         files=[

@@ -27,9 +27,9 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         sites: the sites that the job was sent to.
 
     Returns:
-        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `leak`, `lost`, `rejected`, `images` and
-        `timing`, as README.md documents them, and `counts`: site -> class -> number of images, empty unless real sites
-        report it.
+        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `leak`, `privacy`, `lost`, `rejected`,
+        `images` and `timing`, as README.md documents them, and `counts`: site -> class -> number of images, empty
+        unless real sites report it.
 
     Raises:
         RunError: rounds or the final evaluation are missing.
@@ -83,6 +83,12 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         "sha256": fingerprint(model),
         "best": {"round": best["round"], "model": protocol.BEST, "test": best_tested},
         "leak": _leak(reports),
+        "privacy": {
+            site: {name: own[protocol.DP].get(name) for name in ("epsilon", "delta", "noise", "seeded")}
+            for record in rounds
+            for site, own in record["sites"].items()
+            if protocol.DP in own
+        },
         "lost": lost,
         "rejected": rejected,
         "images": {

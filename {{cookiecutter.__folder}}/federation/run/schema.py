@@ -125,7 +125,7 @@ def read(run: RunFolder) -> dict[str, Any]:
         entry.setdefault("missing", [])
         entry.setdefault("participants", None)
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
-    usual |= {"rejected": [], "images": {}, "leak": {}}
+    usual |= {"rejected": [], "images": {}, "leak": {}, "privacy": {}}
     return {**usual, **dict.fromkeys(ADDED_KEYS), **result, "state": state}
 
 
@@ -195,8 +195,19 @@ def leak(result: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def privacy(result: dict[str, Any]) -> list[str]:
-    """Sentences on what the final model gives away. Empty if nothing is known."""
+    """Sentences on differential privacy and the leak test. Empty if there was neither."""
     found = []
+    if spent := result["privacy"]:
+        least, *_, most = quantiles(own["epsilon"] for own in spent.values())
+        deltas = quantiles(own["delta"] for own in spent.values())
+        if any(own["epsilon"] is None for own in spent.values()):
+            found.append("Differential privacy: none, because answers without it have left some of the sites.")
+        else:
+            values = f"ε {least:.2f} to {most:.2f} at δ {deltas[0]:.1e} to {deltas[-1]:.1e}"
+            found.append(f"Differential privacy of single images in what each site has sent so far: {values}.")
+        found.append("Not covered: validation and test metrics, the leak test, and numbers of images, which are exact.")
+        if any(own["seeded"] for own in spent.values()):
+            found.append("Simulated: no guarantee, because the noise follows from the seed.")
     if rows := leak(result):
         site, (_, auc, error, tpr) = max(rows.items(), key=lambda row: row[1][1])
         median = as_text(quantiles(row[1] for row in rows.values())[2])

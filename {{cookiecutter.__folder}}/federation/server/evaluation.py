@@ -49,8 +49,8 @@ class FinalEvaluation(ModelController):
     Writes into the server's run folder:
 
     - `rounds.jsonl`, one line per finished round: `round` (from 0); `metrics`: mean over the sites; `sites`: site ->
-      `metrics` of the model that the round started with, and the numbers of `train` and `val` images; `rejected`:
-      answers that were left out;
+      `metrics` of the model that the round started with, the numbers of `train` and `val` images, and `dp` with
+      differential privacy (site/budget.py); `rejected`: answers that were left out;
     - `best.pt`, a state dict, if a model before the last one validated best;
     - `evaluation.json`: `final` and `best`, each with its `round` (number of aggregations), validation `accuracy`,
       for each site the metrics that client.py sends, and `counts`: those that are arrays (site/scores.py);

@@ -33,8 +33,21 @@ from nvflare.client import api as client_api
 from nvflare.client.utils import numerical_params_diff
 
 import client
+from federation.errors import Declined
 from federation.exchange import SiteCheck, describe, specs_of
-from federation.protocol import COHORT, DESCRIBED, LEFT_OUT, PROGRESS, STARTING, WAITING, append_json, save_tensors
+from federation.protocol import (
+    COHORT,
+    DECLINED,
+    DESCRIBED,
+    DP,
+    LEDGER,
+    LEFT_OUT,
+    PROGRESS,
+    STARTING,
+    WAITING,
+    append_json,
+    save_tensors,
+)
 from federation.site.ledger import append, code_hash, place
 from federation.site.partition import hosts
 from federation.site.progress import announce
@@ -113,14 +126,16 @@ class SiteHost(Executor):
             tag = f"{site}/{key}" if self.is_host else key
             send_analytic_dxo(self, create_analytic_dxo(tag, value, data_type, **details), fl_ctx)
 
-        left: dict[str, Any] = {
-            "tensors": [],
-            "metrics": [],
-            "meta": {},
-        }  # if the task fails, only the fact that it did
+        # If the task fails, only the fact that it did leaves the site.
+        left: dict[str, Any] = {"tensors": [], "metrics": [], "meta": {}, DP: None}
         try:
-            answer = call_client(site, task, received, self.folder, self.send_difference, log)
-            left = describe(FLModelUtils.to_shareable(answer))
+            try:
+                ledger = (self.ledgers[site], self.job)
+                answer = call_client(site, task, received, self.folder, self.send_difference, log, ledger)
+            except Declined as refusal:
+                answer = FLModel(ParamsType.FULL, params={}, meta={DECLINED: str(refusal)})
+                answer.current_round = received.current_round
+            left = {**describe(FLModelUtils.to_shareable(answer)), DP: (answer.meta or {}).get(DP)}
             del left["round"], left["headers"]  # NVFlare's own, which it adds later
             return answer
         finally:
@@ -135,6 +150,7 @@ def call_client(
     folder: Path,
     send_difference: bool = False,
     log: Callable[..., None] = lambda *_, **__: None,
+    ledger: tuple[Path, dict[str, Any]] | None = None,
 ) -> FLModel:
     """Call `client.main` for a site, with a Client API that hands out one task, takes one answer, and is over.
 
@@ -145,8 +161,10 @@ def call_client(
         folder: for what must outlive the task, and for the progress file.
         send_difference: whether the answer is the change of the weights, not the weights.
         log: called with a metric for the tracker: key, value, data type, details.
+        ledger: the site's ledger, and what the job's records in it have in common.
 
     Raises:
+        Declined: the site refuses the task.
         RuntimeError: it sent no answer.
     """
     variates = _Variates(folder / f"{site}.variate.pt")
@@ -163,7 +181,7 @@ def call_client(
         is_submit_model=lambda: False,
         get_site_name=lambda: site,
         get_task_name=lambda: task,
-        get_config=lambda: {PROGRESS: folder / PROGRESS},
+        get_config=lambda: {PROGRESS: folder / PROGRESS, LEDGER: ledger},
         system_info=lambda: {"site_name": site},
         log=log,
         clear=lambda: None,
