@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
+from torchmetrics.functional.classification import binary_auroc, binary_roc
 
 from federation.protocol import LEAK_AUC, LEAK_IMAGES, LEAK_TPR
 
@@ -27,8 +28,6 @@ def membership(model: Any, data: Any, seed: int) -> dict[str, float]:
         The area under the ROC curve, and the share of training images found at 1 % false positives; empty if the site
         has no test images or the model no such scores.
     """
-    from sklearn.metrics import roc_auc_score, roc_curve  # takes a second to import
-
     loaders = [data.train_dataloader(), data.test_dataloader()]
     n_images = min(LEAK_IMAGES, *(len(loader.dataset) for loader in loaders))
     if not n_images:
@@ -44,8 +43,10 @@ def membership(model: Any, data: Any, seed: int) -> dict[str, float]:
             if scores.ndim != 2 or len(scores) != len(labels):
                 return {}
             losses += F.cross_entropy(scores, labels, reduction="none").nan_to_num().tolist()
-    is_member = [1] * n_images + [0] * n_images
-    guesses = -np.array(losses)  # the smaller the loss, the likelier a training image
-    false, true, _ = roc_curve(is_member, guesses)
+    is_member = torch.tensor([1] * n_images + [0] * n_images)
+    guesses = (
+        torch.tensor(losses, dtype=torch.float64).neg().exp()
+    )  # the smaller the loss, the likelier a training image
+    false, true, _ = binary_roc(guesses, is_member)
     tpr = true[false <= FALSE_POSITIVES].max()
-    return {LEAK_AUC: float(roc_auc_score(is_member, guesses)), LEAK_TPR: float(tpr)}
+    return {LEAK_AUC: float(binary_auroc(guesses, is_member)), LEAK_TPR: float(tpr)}
