@@ -92,6 +92,8 @@ def write_run(
         **{"sites_per_round": cohort, "evaluate_sites": tested, "n_hosts": len(hosts)},
         **{"device": "cpu", "rounds": rounds, "test": final, "model": "final.pt", "wall_s": 1234.5, "sha256": "12ab"},
         "best": {"round": n_rounds - 1, "model": "best.pt", "test": test(chosen(tested), n_rounds - 1)},
+        "leak": {site: {"auc": 0.53, "tpr": 0.02} for site in final["sites"]},
+        "privacy": {site: {"epsilon": 7.9, "delta": 1e-4, "noise": 0.8, "seeded": False} for site in final["sites"]},
         "images": {site: {"train": n - n // 5, "val": n // 5} for site, n in images.items()},
     }
     indices = {
