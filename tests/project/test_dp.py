@@ -131,7 +131,7 @@ def test_the_noise_is_just_large_enough():
     assert 2.9 < epsilon(((noise, 0.02, 500),), 1e-4) <= 3.0
 
 
-JOB = {"job": "b", "code": "c0de"}
+JOB = {"job": "b", "code": "c0de", "task": "train"}
 
 
 def rounds(plan, n, job=JOB):
@@ -155,7 +155,7 @@ def test_the_rounds_of_a_job_spend_what_the_submitter_wants(job):
 
 
 def test_epsilon_covers_earlier_jobs_whatever_their_settings(job):
-    before = rounds(make_plan(job(), 500, [], None, JOB), 4, {"job": "a", "code": "c0de"})
+    before = rounds(make_plan(job(), 500, [], None, JOB), 4, {**JOB, "job": "a"})
     plan = make_plan(job(batch_size=50), 500, before, None, JOB)
     assert plan.epsilon > 4.0
     history = spent(before)
@@ -165,12 +165,14 @@ def test_epsilon_covers_earlier_jobs_whatever_their_settings(job):
 def test_answers_without_noise_leave_no_epsilon(job):
     plan = make_plan(job(), 500, [{**JOB, "tensors": [{}], DP: None}], None, JOB)
     assert plan.epsilon == math.inf
+    counts = [{**JOB, "task": "validate", "tensors": [{}], DP: None}]  # exact, and not covered
+    assert make_plan(job(), 500, counts, None, JOB).epsilon < 4
 
 
 def test_a_job_that_would_exceed_the_sites_ceiling_is_refused_before_its_first_round(job):
     ours = make_plan(job(), 500, [], 4.0, JOB)  # just fits
     make_plan(job(), 500, rounds(ours, 3), 4.0, JOB)  # so does its last round
-    other = rounds(ours, 1, {"job": "a", "code": "c0de"})
+    other = rounds(ours, 1, {**JOB, "job": "a"})
     with pytest.raises(Declined, match=r"would bring ε to 4\.\d\d \(ε = \d\.\d\d is spent\), and FL_DP_EPSILON is 4"):
         make_plan(job(), 500, other, 4.0, JOB)
     with pytest.raises(Declined, match="would bring ε"):  # δ is the submitter's, but the ceiling's is the site's

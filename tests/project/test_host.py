@@ -90,7 +90,7 @@ def test_each_site_of_a_host_keeps_a_ledger_of_its_own(task, tmp_path):
     assert [(record["site"], record["task"], record["round"]) for record in first] == [("site-1", "train", 0)]
     assert [(record["site"], record["task"]) for record in second] == [("site-2", "train"), ("site-2", "validate")]
     assert len(first[0]["tensors"]) == 10 and set(first[0]["metrics"]) == {"val_acc", "val_loss"}
-    assert second[1]["tensors"] == [] and {"val_images", "test_images", "test_acc"} <= set(second[1]["metrics"])
+    assert {"val_images", "test_images", "test_acc"} <= set(second[1]["metrics"])
 
 
 def test_a_ledger_lists_the_curves_that_a_tracker_gets(task, tmp_path, monkeypatch):

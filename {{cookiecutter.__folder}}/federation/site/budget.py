@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nvflare.app_common.app_constant import AppConstants
+
 from federation.errors import Declined
 from federation.protocol import DP
 from federation.site.ledger import read
@@ -113,7 +115,8 @@ def make_plan(
 
 def spent(records: list[dict[str, Any]]) -> tuple[Step, ...] | None:
     """All steps of DP-SGD in a ledger; None if weights have left the site without noise."""
-    if any(record["tensors"] and not record.get(DP) for record in records):
+    sent = (record for record in records if record["tensors"] and record["task"] != AppConstants.TASK_VALIDATION)
+    if any(not record.get(DP) for record in sent):
         return None
     totals: dict[tuple[float, float], int] = {}
     for plan in filter(None, (record.get(DP) for record in records)):
