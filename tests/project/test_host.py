@@ -72,7 +72,7 @@ def test_a_host_answers_with_the_sum_of_its_sites(task):
 def test_a_host_reports_the_evaluation_of_each_site(task):
     together = answer(task(AppConstants.TASK_VALIDATION, "site-1", "site-2")[0]).metrics
     alone = {site: answer(task(AppConstants.TASK_VALIDATION, site)[0]).metrics for site in ("site-1", "site-2")}
-    assert together == alone
+    np.testing.assert_equal(together, alone)
 
 
 def test_a_host_describes_what_each_site_would_send(task):
