@@ -16,7 +16,7 @@ from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
 from pytorch_lightning import LightningModule, seed_everything
 
 from data import SiteDataModule
-from federation.protocol import HOLDS, PROGRESS, TEST_IMAGES, VAL_IMAGES
+from federation.protocol import HOLDS, PROGRESS, SKIPPED, TEST_IMAGES, VAL_IMAGES
 from federation.site.progress import Progress
 from settings import Options
 from trainer import make_model, make_trainer, n_images, training_seed
@@ -72,13 +72,15 @@ def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
 def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, options: Options) -> FLModel:
     """Answer an evaluation task: metrics of the received model on the site's validation and test images.
 
-    Includes the numbers of images, by which the server weights the metrics, and if the site shares them, those per
-    class.
+    Includes the numbers of images, by which the server weights the metrics, of unreadable ones if the site skips them,
+    and if the site shares them, the numbers per class.
     """
     print("--- evaluate global model ---")
     model.load_state_dict(received.params)
     evaluator = make_trainer(options, 1, [Progress("none", flare.get_config().get(PROGRESS), evaluating=True)])
     metrics: dict[str, Any] = {VAL_IMAGES: n_images(data, "val"), TEST_IMAGES: n_images(data, "test")}
+    if skipped := getattr(data, "skipped", 0):
+        metrics[SKIPPED] = skipped
     if os.environ.get(SHARE_VARIABLE) == "1":
         train, val = data.counts["train"], data.counts["val"]
         metrics |= {f"{HOLDS}{name}": train.get(name, 0) + val.get(name, 0) for name in options.classes}

@@ -9,6 +9,7 @@ Lightning's hooks, the project relies on:
   federation's is derived.
 - `round`: set before each round, from 0, so that each round shuffles differently.
 - `counts`, after `setup()`: "train", "val", "test" -> class -> number of images, including zeros.
+- `skipped`, after `setup()`, optional: number of unreadable images that were left out.
 - `indices`, after `setup()`: "train", "val" -> sorted rows of the training data, "test" -> rows of the test data.
 
 Unusable data raises `UserError` with a one-line message.
@@ -102,6 +103,7 @@ class SiteDataModule(LightningDataModule):
         self.parts: dict[str, Images] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.indices: dict[str, np.ndarray] = {}
+        self.skipped = 0
 
     def prepare_data(self) -> None:
         """Download and convert what is missing; in a simulation, job.py has already done so."""
@@ -118,6 +120,7 @@ class SiteDataModule(LightningDataModule):
         )
         pieces: dict[str, list[Images]] = {"train": [], "val": [], "test": []}
         for source, (train, test) in opened.items():
+            self.skipped += len(train.unreadable) + len(test.unreadable)
             for part, rows in split(train.labels, test.labels, source, self.options).items():
                 images = test if part == "test" else train
                 labels = _labels(images, classes, source)[rows]
@@ -154,12 +157,13 @@ def _loader(images: Images, batch_size: int, sampler: Sampler[int] | None = None
 
 def _open(site: str | None, options: Options) -> tuple[Split, Split]:
     """A site's source of training and test images, before partitioning."""
-    return _opened(options.dataset, (options.data_root or "").replace("{site}", site or ""), options.image_size)
+    root = (options.data_root or "").replace("{site}", site or "")
+    return _opened(options.dataset, root, options.image_size, options.skip_unreadable)
 
 
 @cache
-def _opened(dataset: str, root: str, image_size: int) -> tuple[Split, Split]:
-    store = prepare(dataset, Path(root) if root else None, image_size)
+def _opened(dataset: str, root: str, image_size: int, skip_unreadable: float) -> tuple[Split, Split]:
+    store = prepare(dataset, Path(root) if root else None, image_size, skip_unreadable)
     return open_split(store, "train"), open_split(store, "test")
 
 

@@ -61,6 +61,7 @@ class Options:
     dataset: str = data("{{ cookiecutter.dataset }}", "data set to train on", choices=DATASETS, resume=FIXED)
     data_root: str | None = data(None, "raw data; {site} is a site's name", env="FL_DATA_ROOT", resume=INHERITED)
     image_size: int = data(32, "width and height of the images, in pixels", least=16, resume=FIXED)
+    skip_unreadable: float = data(0.0, "share of unreadable files to skip", least=0, below=1, env="FL_SKIP_UNREADABLE")
     partition: str = data("iid", "how to partition the images across the sites", choices=PARTITIONS, resume=FIXED)
     alpha: float = data(0.5, "dirichlet: the smaller, the less similar the sites", above=0, resume=FIXED)
     shards_per_site: int = data(2, "shards: number per site", least=1, resume=FIXED)
@@ -116,10 +117,11 @@ class Options:
 
     @classmethod
     def of_job(cls) -> "Options":
-        """The options of the job that this code runs in. A real site chooses its own data root."""
+        """The options of the job that this code runs in. A real site chooses its own data root and what to skip."""
         options = cls.of(json.loads(Path(__file__).with_name("options.json").read_text(encoding="utf-8")))
         if options.env == "prod":
             options.data_root = os.environ.get("FL_DATA_ROOT")
+            options.skip_unreadable = float(os.environ.get("FL_SKIP_UNREADABLE") or 0)
         return options
 
     @property

@@ -153,6 +153,7 @@ INVALID_EVALUATIONS = {
     "a test accuracy above one": (evaluated(test_acc=2.0), "test_acc is 2, which is not within 0 to 1"),
     "text instead of a class's count": (evaluated(**{"holds cat": "many"}), "holds cat is str, not a number"),
     "a fraction of an image": (evaluated(**{"holds cat": 0.5}), "holds cat is float, not a whole number"),
+    "half a skipped file": (evaluated(skipped_images=0.5), "skipped_images is float, not a whole number"),
     "an unknown class": (evaluated(**{"holds [/x]": 1}), "it counts images of an unknown class '[/x]'"),
 }
 

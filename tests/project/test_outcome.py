@@ -158,3 +158,9 @@ def test_patience_counts_the_rounds_since_the_best(run):
     with pytest.raises(RunError, match="only 4 of 9 rounds finished"):
         collect(run, 9, list(REPORTS), patience=3)
     assert collect(run, 9, list(REPORTS), patience=2)["stopped_early"]
+
+
+def test_a_site_that_skipped_unreadable_files_is_listed_with_their_number(run):
+    assert collect(run, 1, list(REPORTS))["skipped"] == {}
+    reports(run, {**REPORTS, "site-2": {**REPORTS["site-2"], "skipped_images": 3}})
+    assert collect(run, 1, list(REPORTS))["skipped"] == {"site-2": 3}

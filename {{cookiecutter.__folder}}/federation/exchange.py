@@ -13,7 +13,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.abstract.fl_model import MetaKey
 from nvflare.app_common.app_constant import AlgorithmConstants, AppConstants
 
-from federation.protocol import HOLDS, SITES, TEST_IMAGES, VAL_IMAGES
+from federation.protocol import HOLDS, SITES, SKIPPED, TEST_IMAGES, VAL_IMAGES
 
 MAX_IMAGES = 10**9  # no site has more; a site's number of images is its weight in the mean
 SHARES, LOSSES = ("val_acc", "test_acc"), ("val_loss", "test_loss")  # the metrics that the project itself uses
@@ -85,6 +85,8 @@ class SiteCheck:
                     return f"it counts images of an unknown class {class_!r}"
                 if fault := count_fault(name, metrics[name], 0, None):
                     return fault
+        if SKIPPED in metrics and (fault := count_fault(SKIPPED, metrics[SKIPPED], 1, None)):
+            return fault
         return self._count_fault(site, {"val": metrics.get(VAL_IMAGES), "test": metrics.get(TEST_IMAGES)})
 
     def _count_fault(self, site: str, counts: dict[str, Any]) -> str | None:

@@ -32,6 +32,7 @@ PHASES = (STARTING, VALIDATING, TRAINING, TESTING, PREDICTING, EVALUATING, WAITI
 # Keys of a site's answers.
 METRIC = "val_acc"  # models are compared by this
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
+SKIPPED = "skipped_images"  # number of unreadable images that the site skips, if any
 HOLDS = "holds "  # prefix of a class name: number of the site's training and validation images
 
 # In the meta of an answer for several sites: site -> `metrics` of the model that it received, its numbers of `train`

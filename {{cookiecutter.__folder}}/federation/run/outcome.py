@@ -27,8 +27,9 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
         sites: the sites that the job was sent to.
 
     Returns:
-        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images` and `timing`, as
-        README.md documents them, and `counts`: site -> class -> number of images, empty unless real sites report it.
+        `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `lost`, `rejected`, `images`, `skipped` and
+        `timing`, as README.md documents them, and `counts`: site -> class -> number of images, empty unless real sites
+        report it.
 
     Raises:
         RunError: rounds or the final evaluation are missing.
@@ -85,6 +86,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
             for record in rounds
             for site, own in record["sites"].items()
         },
+        "skipped": {site: own[protocol.SKIPPED] for site, own in reports.items() if protocol.SKIPPED in own},
         "timing": timing.totals(timing.phases(run)),
         "counts": counts if any(counts.values()) else {},
     }

@@ -89,7 +89,7 @@ def read(run: RunFolder) -> dict[str, Any]:
         entry.setdefault("missing", [])
         entry.setdefault("participants", None)
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
-    usual |= {"rejected": [], "images": {}}
+    usual |= {"rejected": [], "images": {}, "skipped": {}}
     return {**usual, **dict.fromkeys(ADDED_KEYS), **result}
 
 
@@ -127,6 +127,8 @@ def caveats(result: dict[str, Any]) -> list[str]:
         found += lines[:MAX_CAVEATS]
         if len(lines) > MAX_CAVEATS:
             found.append(f"{len(lines) - MAX_CAVEATS} more {kind}: see results.json")
+    for site, count in list(result["skipped"].items())[:MAX_CAVEATS]:
+        found.append(f"{site} skipped {count:,} unreadable images")
     train = {site: own["train"] for site, own in result["images"].items()}
     total = sum(train.values())
     for site, count in train.items():

@@ -7,6 +7,8 @@ created it can read it, because the images may be private.
 
 import gzip
 import hashlib
+import json
+import math
 import os
 import shutil
 import sys
@@ -35,17 +37,20 @@ FORMATS = (
     "GIF",
 )  # Pillow's names; detected from the content, not the suffix
 EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
+UNREADABLE = "unreadable.json"  # in the store of a folder with such files: split -> file -> what is wrong with it
+SHOWN = 10  # unreadable files in an error
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 RULE = 2  # version of `_read_image`; increase it if the returned pixels change, so that older stores are not used
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split: images, uint8 (N, 3, S, S), memory-mapped; labels, int64 (N,); class names."""
+    """One split: images, uint8 (N, 3, S, S), memory-mapped; labels, int64 (N,); class names; unreadable files."""
 
     images: np.ndarray
     labels: np.ndarray
     classes: list[str]
+    unreadable: dict[str, str]  # file -> what is wrong with it
 
 
 Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, H, W) or (N, H, W, 3), unconverted, and labels (N,)
@@ -154,7 +159,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
+def prepare(dataset: str, root: Path | None, image_size: int, skip_unreadable: float = 0.0) -> Path:
     """Create a data set's store unless it exists, and return its folder.
 
     Several processes may call this at the same time: one does the work, the others wait. Removes the store of an
@@ -164,6 +169,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
         dataset: one of settings.DATASETS.
         root: folder of the raw data: a public data set's archive (None: the cache folder), or the image folder.
         image_size: S, width and height of the converted images in pixels.
+        skip_unreadable: the share of an image folder's files that may be left out because they cannot be read.
 
     Raises:
         UserError: the data is not available or cannot be read.
@@ -174,6 +180,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
     cache = cache_folder()
     store = cache / f"{name}{state}"
     if store.is_dir():
+        _check_readable(store, skip_unreadable)
         return store
     try:
         with FileLock(cache / f"{name}.lock"):
@@ -183,6 +190,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
                 with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as unfinished:
                     if dataset == "image_folder":
                         classes = _convert_folder(root or Path(), image_size, Path(unfinished))
+                        _check_readable(Path(unfinished), skip_unreadable)
                     else:
                         classes = _convert_public(dataset, root, image_size, Path(unfinished))
                     Path(unfinished, "classes.txt").write_text("\n".join(classes), encoding="utf-8")
@@ -195,6 +203,7 @@ def prepare(dataset: str, root: Path | None, image_size: int) -> Path:
                     shutil.rmtree(earlier.rename(cache / f".{earlier.name}"))
     except OSError as error:
         raise UserError(f"cannot write the converted images under {cache}: {error}") from None
+    _check_readable(store, skip_unreadable)  # another process may have allowed more
     return store
 
 
@@ -209,6 +218,7 @@ def open_split(store: Path, split: str) -> Split:
             images=np.asarray(np.load(store / f"{split}-images.npy", mmap_mode="r")),
             labels=np.load(store / f"{split}-labels.npy"),
             classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
+            unreadable=_unreadable(store).get(split, {}),
         )
     except FileNotFoundError:
         raise UserError(f"{store} was removed, perhaps because its images changed: run the command again") from None
@@ -311,25 +321,63 @@ def _raise(error: OSError) -> None:
         raise error
 
 
-def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
+def list_images(root: Path) -> dict[str, list[tuple[Path, str]]]:
+    """Split, `train` or `test` -> its files, each with its class, in the order of the converted images.
+
+    Raises:
+        UserError: a folder is empty, or a class has an invalid name.
+    """
     found = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
     check_classes({str(root / split): list(of_class) for split, of_class in found.items()})
-    classes = sorted(set().union(*found.values()))
     files = {split: [(path, name) for name in own for path in own[name]] for split, own in found.items()}
     if "test" not in files:
         order = np.random.RandomState(0).permutation(len(files["train"]))
         n_test = max(len(order) // 10, 1)
         test, train = ([files["train"][i] for i in sorted(places)] for places in (order[:n_test], order[n_test:]))
         files = {"train": train, "test": test}
+    return files
+
+
+def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
+    files, unreadable = list_images(root), dict[str, dict[str, str]]()
+    classes = sorted({name for own in files.values() for _, name in own})
     for split, pairs in files.items():
-        shape = (len(pairs), 3, image_size, image_size)
+        shape, faults, kept = (len(pairs), 3, image_size, image_size), unreadable.setdefault(split, {}), list[int]()
         images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
         bar = tqdm(pairs, desc=f"Converting {split} images", disable=not sys.stderr.isatty())
         for i, (path, _) in enumerate(bar):
-            images[i] = _read_image(path, image_size)
+            try:
+                images[len(kept)] = _read_image(path, image_size)
+                kept.append(i)
+            except UserError as error:
+                faults[str(path)] = str(error)
         images.flush()
-        np.save(store / f"{split}-labels.npy", np.array([classes.index(name) for _, name in pairs], dtype=np.int64))
+        if faults:
+            np.save(store / "readable.npy", images[: len(kept)])
+            os.replace(store / "readable.npy", store / f"{split}-images.npy")
+        labels = np.array([classes.index(pairs[i][1]) for i in kept], dtype=np.int64)
+        np.save(store / f"{split}-labels.npy", labels)
+    if any(unreadable.values()):
+        (store / UNREADABLE).write_text(json.dumps(unreadable), encoding="utf-8")
     return classes
+
+
+def _unreadable(store: Path) -> dict[str, dict[str, str]]:
+    file = store / UNREADABLE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _check_readable(store: Path, skip_unreadable: float) -> None:
+    """Reject a store without more of its folder's files than the owner allows."""
+    faults = [fault for own in _unreadable(store).values() for fault in own.values()]
+    if not faults:
+        return
+    n_files = len(faults) + sum(len(np.load(store / f"{split}-labels.npy")) for split in ("train", "test"))
+    if len(faults) > skip_unreadable * n_files:
+        listed = "; ".join(faults[:SHOWN]) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
+        share = math.ceil(100 * len(faults) / n_files) / 100
+        allowed = f". Or skip up to this share: FL_SKIP_UNREADABLE={share}" if share < 1 else ""
+        raise UserError(f"{len(faults)} of {n_files} images cannot be used: {listed}{allowed}")
 
 
 def _find_images(folder: Path) -> dict[str, list[Path]]:
