@@ -5,6 +5,7 @@ memory-mapped file of images and one of labels. All sites on a machine and all p
 created it can read it, because the images may be private.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -294,19 +295,26 @@ def _square(images: np.ndarray, image_size: int) -> np.ndarray:
 def _fingerprint(root: Path) -> str:
     """A fingerprint of a folder: changes if a file is added, removed, renamed or written."""
     digest = hashlib.sha256(f"rule {RULE}\n".encode())
-    try:
-        if not (root / "train").is_dir():
-            os.listdir(root)  # raises if it is missing or not readable
-            raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
+    with _reading(root):
         for split in ("train", "test"):
             for folder, files in _walk(root / split):
                 digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\n"))
                 for name in files:
                     status = os.stat(os.path.join(folder, name))
                     digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """Turns the errors of reading an image folder into UserErrors."""
+    try:
+        if not (root / "train").is_dir():
+            os.listdir(root)  # raises if it is missing or not readable
+            raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
+        yield
     except OSError as error:
         raise UserError(f"the data root {error.filename or root} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:16]
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
@@ -325,9 +333,10 @@ def list_images(root: Path) -> dict[str, list[tuple[Path, str]]]:
     """Split, `train` or `test` -> its files, each with its class, in the order of the converted images.
 
     Raises:
-        UserError: a folder is empty, or a class has an invalid name.
+        UserError: a folder is empty or cannot be read, or a class has an invalid name.
     """
-    found = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
+    with _reading(root):
+        found = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
     check_classes({str(root / split): list(of_class) for split, of_class in found.items()})
     files = {split: [(path, name) for name in own for path in own[name]] for split, own in found.items()}
     if "test" not in files:
@@ -428,6 +437,14 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     if refusal:
         raise UserError(f"{path} {refusal}")
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def header(path: Path) -> tuple[str, bool]:
+    """The color mode of a readable image, as Pillow names it, and whether its EXIF orientation turns it."""
+    from PIL import Image
+
+    with Image.open(path, formats=FORMATS) as file:
+        return file.mode, file.getexif().get(274, 1) != 1
 
 
 def _refusal(image: Any) -> str:
