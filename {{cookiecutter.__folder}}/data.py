@@ -4,7 +4,7 @@ To train on other data, replace this file with your own `SiteDataModule`; tests/
 Lightning's hooks, the project relies on:
 
 - `SiteDataModule(site, options)`: the data of a site, or of all sites if `site` is None. `options` are those of
-  settings.py. `federation.site.partition.split` tells which rows belong to a site.
+  settings.py. `federation.site.partition.split` tells which rows belong to a site, and keeps groups of rows together.
 - `options.classes`: the federation's class names in label order. If empty, the module uses its own list, from which the
   federation's is derived.
 - `round`: set before each round, from 0, so that each round shuffles differently.
@@ -121,7 +121,9 @@ class SiteDataModule(LightningDataModule):
         pieces: dict[str, list[Images]] = {"train": [], "val": [], "test": []}
         for source, (train, test) in opened.items():
             self.skipped += len(train.unreadable) + len(test.unreadable)
-            for part, rows in split(train.labels, test.labels, source, self.options).items():
+            groups, sites = (train.groups, test.groups), (train.sites, test.sites)
+            of_site = split(train.labels, test.labels, source, self.options, groups, sites)
+            for part, rows in of_site.items():
                 images = test if part == "test" else train
                 labels = _labels(images, classes, source)[rows]
                 pieces[part].append(Images(images.images, rows, labels, self.device))

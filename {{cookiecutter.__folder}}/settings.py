@@ -62,7 +62,7 @@ class Options:
     data_root: str | None = data(None, "raw data; {site} is a site's name", env="FL_DATA_ROOT", resume=INHERITED)
     image_size: int = data(32, "width and height of the images, in pixels", least=16, resume=FIXED)
     skip_unreadable: float = data(0.0, "share of unreadable files to skip", least=0, below=1, env="FL_SKIP_UNREADABLE")
-    partition: str = data("iid", "how to partition the images across the sites", choices=PARTITIONS, resume=FIXED)
+    partition: str = data("iid", "how to partition the images", choices=(*PARTITIONS, "site"), resume=FIXED)
     alpha: float = data(0.5, "dirichlet: the smaller, the less similar the sites", above=0, resume=FIXED)
     shards_per_site: int = data(2, "shards: number per site", least=1, resume=FIXED)
 

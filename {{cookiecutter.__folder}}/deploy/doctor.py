@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -111,7 +112,7 @@ def images(options: Options) -> Iterator[Line]:
 
     root, cache = Path(options.data_root or ""), cache_folder()
     files = list_images(root)
-    train, test = (Counter(name for _, name in files[split]) for split in ("train", "test"))
+    train, test = (Counter(file.label for file in files[split]) for split in ("train", "test"))
     own, n_files = sorted(train | test), train.total() + test.total()
     note = "" if (root / "test").is_dir() else " (a tenth, because there is no folder 'test')"
     each = ", ".join(f"{name} {train[name]:,} + {test[name]:,}" for name in own)
@@ -121,7 +122,7 @@ def images(options: Options) -> Iterator[Line]:
         yield compare_classes(own, known_classes(options))
     else:
         yield Line(WARNING, "classes", "not compared with the federation's", "add --classes FILE")
-
+    yield compare_groups(files, len(own))
     size, disk = n_files * 3 * options.image_size**2 / 1e9, shutil.disk_usage(cache).free / 1e9
     found = f"the converted copy has {size:.2g} GB; free: {disk:.1f} GB of disk in {cache}"
     if size > disk:
@@ -141,7 +142,7 @@ def images(options: Options) -> Iterator[Line]:
     else:
         note = f", of which up to {allowed:.0%} are skipped" if faults else ""
         yield Line(WARNING if faults else OK, "readable", found + note, "", (*faults.values(),))
-    headers = [header(path) for pairs in files.values() for path, _ in pairs if str(path) not in faults]
+    headers = [header(file.path) for listed in files.values() for file in listed if str(file.path) not in faults]
     modes = ", ".join(f"{mode} {n:,}" for mode, n in Counter(mode for mode, _ in headers).most_common())
     turned = sum(is_turned for _, is_turned in headers)
     yield Line(OK, "pixels", f"8 bits or fewer: {modes}; {turned:,} are turned, as their EXIF orientation says")
@@ -166,6 +167,25 @@ def compare_classes(own: list[str], known: list[str]) -> Line:
     lacking = [name for name in known if name not in own]
     lacks = f"; no {', no '.join(lacking)} here, which is allowed" if lacking else ""
     return Line(OK, "classes", f"{len(own)} of the federation's {len(known)}{lacks}")
+
+
+def compare_groups(files: dict[str, list[Any]], n_classes: int) -> Line:
+    """Whether a group is in both splits, or seems to be missing: files whose names differ in the last number only."""
+    train, test = ({file.group for file in files[split] if file.group} for split in ("train", "test"))
+    if both := sorted(train & test):
+        more = f" and {len(both) - 1:,} more" if both[1:] else ""
+        return Line(
+            WARNING, "groups", f"{both[0]!r}{more} in train and in test", "move each to one: the test is not fair"
+        )
+    if train or test:
+        alone = sum(not file.group for own in files.values() for file in own)
+        return Line(OK, "groups", f"{len(train | test):,}, each in train or in test; {alone:,} images have none")
+    series = Counter(re.sub(r"[-_. ]*\d+$", "", file.path.stem) for own in files.values() for file in own)
+    repeated = {name: n for name, n in series.items() if name and n > 1}
+    if len(repeated) > 2 * n_classes and sum(repeated.values()) > series.total() / 2:
+        found = f"none, but {len(repeated):,} series of files, such as {next(iter(repeated))!r}"
+        return Line(WARNING, "groups", found, "if each is of one patient, say so: train/<class>/<group>/<image>")
+    return Line(OK, "groups", "none: each image counts as independent of the others")
 
 
 def training(options: Options) -> Iterator[Line]:

@@ -6,11 +6,13 @@ created it can read it, because the images may be private.
 """
 
 import contextlib
+import csv
 import gzip
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -41,17 +43,39 @@ EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "C
 UNREADABLE = "unreadable.json"  # in the store of a folder with such files: split -> file -> what is wrong with it
 SHOWN = 10  # unreadable files in an error
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-RULE = 2  # version of `_read_image`; increase it if the returned pixels change, so that older stores are not used
+RULE = 3  # version of what a folder's store contains; increase it if that changes, so that older stores are not used
+TABLE = "images.csv"  # in an image folder: lists its files
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split: images, uint8 (N, 3, S, S), memory-mapped; labels, int64 (N,); class names; unreadable files."""
+    """One split of a store.
+
+    `images`: uint8 (N, 3, S, S), memory-mapped; `labels`: int64 (N,).
+    `groups`: int64 (N,), images of the same patient, say, have the same number, in both splits; None: no groups.
+    `sites`: int64 (N,), the simulated site of each image according to images.csv: 0 for site-1, -1 if unknown; or None.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     classes: list[str]
     unreadable: dict[str, str]  # file -> what is wrong with it
+    groups: np.ndarray | None
+    sites: np.ndarray | None
+
+
+class Listed(NamedTuple):
+    """A file of an image folder, its class, and, if it has them, its group and its simulated site."""
+
+    path: Path
+    label: str
+    group: str
+    site: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What is never split: its group, or the file itself."""
+        return self.group or str(self.path)
 
 
 Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, H, W) or (N, H, W, 3), unconverted, and labels (N,)
@@ -220,6 +244,8 @@ def open_split(store: Path, split: str) -> Split:
             labels=np.load(store / f"{split}-labels.npy"),
             classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
             unreadable=_unreadable(store).get(split, {}),
+            groups=np.load(groups) if (groups := store / f"{split}-groups.npy").exists() else None,
+            sites=np.load(sites) if (sites := store / f"{split}-sites.npy").exists() else None,
         )
     except FileNotFoundError:
         raise UserError(f"{store} was removed, perhaps because its images changed: run the command again") from None
@@ -296,12 +322,15 @@ def _fingerprint(root: Path) -> str:
     """A fingerprint of a folder: changes if a file is added, removed, renamed or written."""
     digest = hashlib.sha256(f"rule {RULE}\n".encode())
     with _reading(root):
-        for split in ("train", "test"):
-            for folder, files in _walk(root / split):
-                digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\n"))
-                for name in files:
-                    status = os.stat(os.path.join(folder, name))
-                    digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
+        folders = [(str(root / split), each) for split in ("train", "test") for each in _walk(root / split)]
+        if (root / TABLE).exists():
+            digest.update((root / TABLE).read_bytes())
+            folders = [("", (str(root), [str(file.path) for own in _read_table(root).values() for file in own]))]
+        for _, (folder, files) in folders:
+            digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\n"))
+            for name in files:
+                status = os.stat(os.path.join(folder, name))
+                digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]
 
 
@@ -309,9 +338,9 @@ def _fingerprint(root: Path) -> str:
 def _reading(root: Path) -> Iterator[None]:
     """Turns the errors of reading an image folder into UserErrors."""
     try:
-        if not (root / "train").is_dir():
+        if not ((root / "train").is_dir() or (root / TABLE).exists()):
             os.listdir(root)  # raises if it is missing or not readable
-            raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
+            raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>, or {TABLE}")
         yield
     except OSError as error:
         raise UserError(f"the data root {error.filename or root} cannot be read: {error.strerror}") from None
@@ -329,43 +358,60 @@ def _raise(error: OSError) -> None:
         raise error
 
 
-def list_images(root: Path) -> dict[str, list[tuple[Path, str]]]:
-    """Split, `train` or `test` -> its files, each with its class, in the order of the converted images.
+def list_images(root: Path) -> dict[str, list[Listed]]:
+    """The files of the splits `train` and `test`, in the order of the converted images.
+
+    They are listed in `images.csv`, or else are `train/<class>/<image>`, or `train/<class>/<group>/<image>` if images
+    belong together. The same name in two classes is the same group. Without test images, a tenth is split off.
 
     Raises:
-        UserError: a folder is empty or cannot be read, or a class has an invalid name.
+        UserError: a folder is empty or cannot be read, a class has an invalid name, or the table is wrong.
     """
     with _reading(root):
-        found = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
-    check_classes({str(root / split): list(of_class) for split, of_class in found.items()})
-    files = {split: [(path, name) for name in own for path in own[name]] for split, own in found.items()}
-    if "test" not in files:
-        order = np.random.RandomState(0).permutation(len(files["train"]))
-        n_test = max(len(order) // 10, 1)
-        test, train = ([files["train"][i] for i in sorted(places)] for places in (order[:n_test], order[n_test:]))
-        files = {"train": train, "test": test}
-    return files
+        if (root / TABLE).exists():
+            files = _read_table(root)
+        else:
+            files = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
+    check_classes({str(root / split): list(dict.fromkeys(file.label for file in own)) for split, own in files.items()})
+    if "test" in files:
+        return files
+    held: set[str] = set()
+    for site in sorted({file.site for file in files["train"]}):
+        units = list(dict.fromkeys(file.unit for file in files["train"] if file.site == site))
+        order = np.random.RandomState(0).permutation(len(units))
+        held |= {units[i] for i in order[: max(len(order) // 10, 1)]}
+    return {
+        split: [file for file in files["train"] if (file.unit in held) == (split == "test")]
+        for split in ("train", "test")
+    }
 
 
 def _convert_folder(root: Path, image_size: int, store: Path) -> list[str]:
     files, unreadable = list_images(root), dict[str, dict[str, str]]()
-    classes = sorted({name for own in files.values() for _, name in own})
-    for split, pairs in files.items():
-        shape, faults, kept = (len(pairs), 3, image_size, image_size), unreadable.setdefault(split, {}), list[int]()
+    everything = [file for own in files.values() for file in own]
+    classes = sorted({file.label for file in everything})
+    units = {unit: number for number, unit in enumerate(dict.fromkeys(file.unit for file in everything))}
+    for split, own in files.items():
+        shape, faults, kept = (len(own), 3, image_size, image_size), unreadable.setdefault(split, {}), list[Listed]()
         images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
-        bar = tqdm(pairs, desc=f"Converting {split} images", disable=not sys.stderr.isatty())
-        for i, (path, _) in enumerate(bar):
+        for file in tqdm(own, desc=f"Converting {split} images", disable=not sys.stderr.isatty()):
             try:
-                images[len(kept)] = _read_image(path, image_size)
-                kept.append(i)
+                images[len(kept)] = _read_image(file.path, image_size)
+                kept.append(file)
             except UserError as error:
-                faults[str(path)] = str(error)
+                faults[str(file.path)] = str(error)
         images.flush()
         if faults:
             np.save(store / "readable.npy", images[: len(kept)])
             os.replace(store / "readable.npy", store / f"{split}-images.npy")
-        labels = np.array([classes.index(pairs[i][1]) for i in kept], dtype=np.int64)
-        np.save(store / f"{split}-labels.npy", labels)
+        columns = {"labels": [classes.index(file.label) for file in kept]}
+        if any(file.group for file in everything):
+            columns["groups"] = [units[file.unit] for file in kept]
+        if any(file.site for file in everything):
+            found = (re.fullmatch(r"site-([1-9]\d{0,5})", file.site) for file in kept)
+            columns["sites"] = [int(match[1]) - 1 if match else -1 for match in found]
+        for name, values in columns.items():
+            np.save(store / f"{split}-{name}.npy", np.array(values, dtype=np.int64))
     if any(unreadable.values()):
         (store / UNREADABLE).write_text(json.dumps(unreadable), encoding="utf-8")
     return classes
@@ -389,18 +435,47 @@ def _check_readable(store: Path, skip_unreadable: float) -> None:
         raise UserError(f"{len(faults)} of {n_files} images cannot be used: {listed}{allowed}")
 
 
-def _find_images(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its images, both sorted by name."""
+def _find_images(folder: Path) -> list[Listed]:
+    """The images of all classes, both sorted by name."""
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not classes:
         raise UserError(f"{folder} is empty: expected {folder}/<class>/<image>")
-    found: dict[str, list[Path]] = {}
+    found: list[Listed] = []
     for name in classes:
-        paths = (Path(inner, file) for inner, files in _walk(folder / name) for file in files)
-        found[name] = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-        if not found[name]:
+        paths = [Path(inner, file) for inner, files in _walk(folder / name) for file in files]
+        paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not paths:
             raise UserError(f"{folder / name} has no images: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
+        groups = (path.relative_to(folder / name).parts[:-1] for path in paths)
+        found += [Listed(path, name, group[0] if group else "") for path, group in zip(paths, groups, strict=True)]
     return found
+
+
+def _read_table(root: Path) -> dict[str, list[Listed]]:
+    """The files that images.csv lists, sorted by class and path; those in the folder `test` are test images."""
+    table, found = root / TABLE, dict[str, list[Listed]]()
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as text:
+            rows = list(csv.DictReader(text, restval=""))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} cannot be read ({error}): save it as CSV, in UTF-8") from None
+    seen = set[str]()
+    for number, row in enumerate(rows, start=2):
+        if not (row.get("file") and row.get("class")):
+            columns = "file, class and, if you like, group and site"
+            raise UserError(
+                f"row {number} of {table} lacks its file or class: expected the columns {columns}, with commas"
+            )
+        path = os.path.normpath(row["file"])
+        if path in seen:
+            raise UserError(f"row {number} of {table} lists {path} again: remove it")
+        seen.add(path)
+        split = "test" if path.startswith("test" + os.sep) else "train"
+        file = Listed(root / path, row["class"], row.get("group") or "", row.get("site") or "")
+        found.setdefault(split, []).append(file)
+    if "train" not in found:
+        raise UserError(f"{table} lists no training images: add rows with file and class")
+    return {split: sorted(own, key=lambda file: (file.label, file.path)) for split, own in sorted(found.items())[::-1]}
 
 
 def _read_image(path: Path, image_size: int) -> np.ndarray:
