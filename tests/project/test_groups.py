@@ -178,8 +178,10 @@ def test_a_changed_table_or_file_is_converted_again(table):
     before = prepare("image_folder", table, 4)
     write_table(table, ["scans/0-0.png,well", "scans/1-0.png,sick", "scans/2-0.png,well"], "file,class")
     shorter = prepare("image_folder", table, 4)
+    write_table(table, ["scans/0-0.png,sick", "scans/1-0.png,sick", "scans/2-0.png,well"], "file,class")
+    corrected = prepare("image_folder", table, 4)
     save(table / "scans" / "0-0.png", 200)
-    assert len({before, shorter, prepare("image_folder", table, 4)}) == 3
+    assert len({before, shorter, corrected, prepare("image_folder", table, 4)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_the_groups_of_a_small_example_never_change():
 
 
 def test_a_groups_class_is_its_most_frequent_one():
-    assert most_frequent(np.array([0, 1, 1, 2, 2, 0]), np.array([0, 0, 0, 1, 1, 2])).tolist() == [1, 2, 0]
+    assert most_frequent(np.array([1, 0, 0, 2, 2, 0]), np.array([0, 0, 0, 1, 1, 2])).tolist() == [0, 2, 0]
 
 
 # ---- the doctor
@@ -276,6 +278,13 @@ def test_the_doctor_warns_of_names_that_look_like_several_images_of_each_patient
             save(tmp_path / "train" / ("sick" if patient % 2 else "well") / f"patient{patient}_{number}.png")
     assert line(tmp_path).status == "warning"
     assert "10 series of files, such as 'patient1'" in line(tmp_path).found
+
+
+def test_the_doctor_accepts_a_few_names_that_look_alike(tmp_path):
+    for number in range(60):
+        name = f"scan{number // 2}_{number % 2}" if number < 12 else f"{number}x"
+        save(tmp_path / "train" / ("sick" if number % 2 else "well") / f"{name}.png")
+    assert line(tmp_path).status == "ok"
 
 
 @pytest.mark.parametrize("pattern", ["{:04}.png", "IMG_{:04}.png", "{name}-{:03}.png", "{0:08x}f.png"])
