@@ -213,9 +213,11 @@ def test_a_python_without_the_packages_says_so_in_every_check(images, kit):
     [
         ([], {}, "--data_root DIR is missing"),
         (["--data_rot", "x"], {}, "unrecognized arguments: --data_rot x"),
-        (["--data_root", "x"], {"FL_SKIP_UNREADABLE": "2 %"}, "FL_SKIP_UNREADABLE is not a number"),
+        (["--data_root", "x", "--classes", "/nowhere"], {}, "--classes: /nowhere does not exist"),
+        (["--data_root", "x"], {"FL_SKIP_UNREADABLE": "2 %"}, "FL_SKIP_UNREADABLE must be a share"),
+        (["--data_root", "x"], {"FL_SKIP_UNREADABLE": "2"}, "FL_SKIP_UNREADABLE must be a share"),
     ],
-    ids=["nothing", "unknown flag", "share"],
+    ids=["nothing", "unknown flag", "no classes", "text", "more than all"],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(flags, variables, said):
     command = [sys.executable, PROJECT / "deploy" / "doctor.py", *flags]

@@ -629,6 +629,11 @@ def test_a_smaller_share_is_respected_although_the_copy_exists(spoiled, conversi
     assert len(conversions) == 1
 
 
+@pytest.mark.parametrize("share", [2.0, -0.1, float("nan")])
+def test_what_is_not_a_share_skips_nothing(spoiled, share):
+    assert "FL_SKIP_UNREADABLE is" in data_error(prepare, "image_folder", spoiled, 4, share)
+
+
 def test_a_site_reports_how_many_files_it_skips(spoiled, options, monkeypatch, tmp_path):
     run = options(dataset="image_folder", data_root=str(spoiled), partition="none", classes=["cat", "dog"])
     run.skip_unreadable = 0.2

@@ -58,10 +58,14 @@ def main() -> int:
     given = parser.parse_args()
     if not given.data_root:
         raise UserError("--data_root DIR is missing: the folder with train/<class>/<image>")
+    if given.classes and not Path(given.classes).is_file():
+        raise UserError(f"--classes: {given.classes} does not exist")
     try:
         share = float(os.environ.get("FL_SKIP_UNREADABLE") or 0)
+        if not 0 <= share < 1:
+            raise ValueError
     except ValueError:
-        raise UserError("FL_SKIP_UNREADABLE is not a number: set a share, such as 0.02 for 2 %") from None
+        raise UserError("FL_SKIP_UNREADABLE must be a share below 1, such as 0.02 for 2 %") from None
     options = Options(dataset="image_folder", partition="none", env="prod", skip_unreadable=share)
     options.data_root, options.classes_file, options.startup_kit = given.data_root, given.classes, given.startup_kit
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be UTF-8
@@ -174,9 +178,7 @@ def compare_groups(files: dict[str, list[Any]], n_classes: int) -> Line:
     train, test = ({file.group for file in files[split] if file.group} for split in ("train", "test"))
     if both := sorted(train & test):
         more = f" and {len(both) - 1:,} more" if both[1:] else ""
-        return Line(
-            WARNING, "groups", f"{both[0]!r}{more} in train and in test", "move each to one: the test is not fair"
-        )
+        return Line(WARNING, "groups", f"{both[0]!r}{more} in train and in test", "move each to one of them")
     if train or test:
         alone = sum(not file.group for own in files.values() for file in own)
         return Line(OK, "groups", f"{len(train | test):,}, each in train or in test; {alone:,} images have none")
@@ -200,6 +202,8 @@ def training(options: Options) -> Iterator[Line]:
         ends: list[float] = []
 
         def on_train_batch_end(self, *_: Any) -> None:
+            if options.gpu:
+                torch.cuda.synchronize()
             self.ends.append(time.monotonic())
 
     if torch.cuda.is_available():

@@ -201,6 +201,8 @@ def prepare(dataset: str, root: Path | None, image_size: int, skip_unreadable: f
     """
     from filelock import FileLock
 
+    if not 0 <= skip_unreadable <= 1:
+        raise UserError(f"FL_SKIP_UNREADABLE is {skip_unreadable}: it must be a share, such as 0.02 for 2 %")
     name, state = _store_name(dataset, root, image_size)
     cache = cache_folder()
     store = cache / f"{name}{state}"
