@@ -178,7 +178,7 @@ def test_a_changed_table_or_file_is_converted_again(table):
     before = prepare("image_folder", table, 4)
     write_table(table, ["scans/0-0.png,well", "scans/1-0.png,sick", "scans/2-0.png,well"], "file,class")
     shorter = prepare("image_folder", table, 4)
-    write_table(table, ["scans/0-0.png,sick", "scans/1-0.png,sick", "scans/2-0.png,well"], "file,class")
+    write_table(table, ["scans/0-0.png,well,p", "scans/1-0.png,sick,", "scans/2-0.png,well,p"], "file,class,group")
     corrected = prepare("image_folder", table, 4)
     save(table / "scans" / "0-0.png", 200)
     assert len({before, shorter, corrected, prepare("image_folder", table, 4)}) == 4

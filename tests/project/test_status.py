@@ -106,7 +106,7 @@ def test_a_running_site_is_connected_or_told_to_call_the_doctor(status, process,
 
 
 def test_a_job_is_listed_with_its_submitter_and_its_answers(status, workspace):
-    add_job(workspace, [*TASKS[:6], *TASKS[1:]])
+    add_job(workspace, [*TASKS[:6], *TASKS[1:], "validating", "waiting"])  # the last task was aborted
     shown = status()
     at = f"{datetime.fromtimestamp(BEGAN):%Y-%m-%d %H:%M:%S}"
     assert f"job {JOB}, submitted by lead@example.com at {at}" in shown

@@ -127,8 +127,9 @@ def caveats(result: dict[str, Any]) -> list[str]:
         found += lines[:MAX_CAVEATS]
         if len(lines) > MAX_CAVEATS:
             found.append(f"{len(lines) - MAX_CAVEATS} more {kind}: see results.json")
-    for site, count in list(result["skipped"].items())[:MAX_CAVEATS]:
-        found.append(f"{site} skipped {count:,} unreadable images")
+    for count in sorted(set(result["skipped"].values())):
+        sites = [site for site, own in result["skipped"].items() if own == count]
+        found.append(f"{count:,} unreadable files were skipped under the data root of {some(sites)}")
     train = {site: own["train"] for site, own in result["images"].items()}
     total = sum(train.values())
     for site, count in train.items():
