@@ -37,7 +37,7 @@ RUN = {
     "store": "sed -i 's#/tmp/nvflare#/var/lib/nvflare#' KIT/local/resources.json.default",
     "provision": "(umask 077; nvflare provision -p deploy/project.yml -w provisioned)",
     "provision again": "(umask 077; nvflare provision -p deploy/project.yml -w provisioned --force)",
-    "preflight": "nvflare preflight-check -p KIT",
+    "doctor": "python deploy/doctor.py --data_root /path/to/images --classes classes.txt --startup_kit KIT",
     "start server": "KIT/startup/start.sh",
     "start site": "FL_DATA_ROOT=/path/to/images OMP_NUM_THREADS=8 KIT/startup/start.sh",
     "runtime": "cp deploy/study_runtime.yaml KIT/local/",
@@ -47,6 +47,7 @@ RUN = {
     "submit": "python job.py --env prod --startup_kit KIT --dataset image_folder --classes classes.txt",
     "status": "nvflare system status --startup-kit KIT",
     "jobs": "nvflare job list --startup-kit KIT",
+    "here": "python deploy/status.py KIT",
     "ledger": "python ledger.py KIT/ledger/SITE.jsonl",
     "stop": "echo y | KIT/startup/stop_fl.sh",
     "expiry": "openssl x509 -enddate -noout -in KIT/startup/client.crt",
@@ -374,6 +375,8 @@ def test_a_researcher_submits_and_an_operator_watches(running):
     assert "Final test accuracy" in said and "may not read the server's log" not in said
     assert "north" in typed("status", running.admin, operator)
     assert "FINISHED:COMPLETED" in typed("jobs", running.admin, operator)
+    said = typed("here", running.admin, {"KIT": running.kits["north"]})
+    assert said.startswith("north: running, connected") and "chain intact" in said
     assert "chain intact" in typed("ledger", running.admin, {"KIT": running.kits["north"], "SITE": "north"})
 
 
@@ -381,7 +384,8 @@ def test_a_researcher_submits_and_an_operator_watches(running):
 def test_a_running_federation_grows_renews_revokes_and_upgrades(running):
     operator = {"KIT": running.kits["ops@example.com"]}
     running.kits["east"] = running.join("east", "{name: east, type: client, org: east}")
-    assert "overall: pass" in typed("preflight", running.root / "east", {"KIT": running.kits["east"]})
+    ready = {"KIT": running.kits["east"], "/path/to/images": running.root / "images" / "north"}
+    assert re.search("^ok +server .* accepts this kit$", typed("doctor", running.admin, ready), re.M)
     running.start("east", running.root / "images" / "north")
 
     renewed = running.join("south", "{name: south, type: client, org: south}", "-renewed")

@@ -16,7 +16,7 @@ from nvflare.app_common.abstract.fl_model import FLModel, MetaKey
 from pytorch_lightning import Callback, LightningModule, seed_everything
 
 from data import SiteDataModule
-from federation.protocol import HOLDS, LEDGER, PROGRESS, TEST_IMAGES, VAL_IMAGES
+from federation.protocol import HOLDS, LEDGER, PROGRESS, SKIPPED, TEST_IMAGES, VAL_IMAGES
 from federation.site.budget import private
 from federation.site.leak import membership
 from federation.site.progress import Progress
@@ -80,15 +80,17 @@ def open_data(site: str, options: Options, round_: int) -> SiteDataModule:
 def evaluate(received: FLModel, model: LightningModule, data: SiteDataModule, options: Options) -> FLModel:
     """Answer an evaluation task: metrics of the received model on the site's validation and test images.
 
-    Includes the numbers of images, by which the server weights the metrics. If the site shares them, also those per
-    class; then, and in every simulation, counts of how the test images were classified. With `--leak_test`, two numbers
-    on membership inference.
+    Includes the numbers of images, by which the server weights the metrics, and of unreadable ones if the site skips
+    them. If the site shares them, also the numbers per class; then, and in every simulation, counts of how the test
+    images were classified. With `--leak_test`, two numbers on membership inference.
     """
     print("--- evaluate global model ---")
     model.load_state_dict(received.params)
     scores = ScoreCounts(len(options.classes))
     evaluator = make_trainer(options, 1, [Progress("none", flare.get_config().get(PROGRESS), evaluating=True), scores])
     metrics: dict[str, Any] = {VAL_IMAGES: n_images(data, "val"), TEST_IMAGES: n_images(data, "test")}
+    if skipped := getattr(data, "skipped", 0):
+        metrics[SKIPPED] = skipped
     is_shared = os.environ.get(SHARE_VARIABLE) == "1"
     if is_shared:
         train, val = data.counts["train"], data.counts["val"]

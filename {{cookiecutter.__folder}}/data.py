@@ -4,11 +4,12 @@ To train on other data, replace this file with your own `SiteDataModule`; tests/
 Lightning's hooks, the project relies on:
 
 - `SiteDataModule(site, options)`: the data of a site, or of all sites if `site` is None. `options` are those of
-  settings.py. `federation.site.partition.split` tells which rows belong to a site.
+  settings.py. `federation.site.partition.split` tells which rows belong to a site, and keeps groups of rows together.
 - `options.classes`: the federation's class names in label order. If empty, the module uses its own list, from which the
   federation's is derived.
 - `round`: set before each round, from 0, so that each round shuffles differently.
 - `counts`, after `setup()`: "train", "val", "test" -> class -> number of images, including zeros.
+- `skipped`, after `setup()`, optional: number of unreadable images that were left out.
 - `indices`, after `setup()`: "train", "val" -> sorted rows of the training data, "test" -> rows of the test data.
 
 predict.py needs three functions more, without which everything else works: `image_rule`, `read_images`, `normalize`.
@@ -121,6 +122,7 @@ class SiteDataModule(LightningDataModule):
         self.parts: dict[str, Images] = {}
         self.counts: dict[str, dict[str, int]] = {}
         self.indices: dict[str, np.ndarray] = {}
+        self.skipped = 0
 
     def prepare_data(self) -> None:
         """Download and convert what is missing; in a simulation, job.py has already done so."""
@@ -137,7 +139,10 @@ class SiteDataModule(LightningDataModule):
         )
         pieces: dict[str, list[Images]] = {"train": [], "val": [], "test": []}
         for source, (train, test) in opened.items():
-            for part, rows in split(train.labels, test.labels, source, self.options).items():
+            self.skipped += len(train.unreadable) + len(test.unreadable)
+            groups, sites = (train.groups, test.groups), (train.sites, test.sites)
+            of_site = split(train.labels, test.labels, source, self.options, groups, sites)
+            for part, rows in of_site.items():
                 images = test if part == "test" else train
                 labels = _labels(images, classes, source)[rows]
                 pieces[part].append(Images(images.images, rows, labels, self.device))
@@ -174,12 +179,16 @@ def _loader(images: Images, batch_size: int, sampler: Sampler[int] | None = None
 def _open(site: str | None, options: Options) -> tuple[Split, Split]:
     """A site's source of training and test images, before partitioning."""
     root = (options.data_root or "").replace("{site}", site or "")
-    return _opened(options.dataset, root, options.image_size, options.image_fit, options.image_white)
+    how = (options.image_size, options.image_fit, options.image_white)
+    return _opened(options.dataset, root, *how, skip_unreadable=options.skip_unreadable)
 
 
 @cache
-def _opened(dataset: str, root: str, image_size: int, fit: str, white: int | None) -> tuple[Split, Split]:
-    store = prepare(dataset, Path(root) if root else None, image_size, fit, white)
+def _opened(
+    dataset: str, root: str, image_size: int, fit: str, white: int | None, *, skip_unreadable: float
+) -> tuple[Split, Split]:
+    folder = Path(root) if root else None
+    store = prepare(dataset, folder, image_size, fit, white, skip_unreadable=skip_unreadable)
     return open_split(store, "train"), open_split(store, "test")
 
 

@@ -65,7 +65,8 @@ class Options:
     image_size: int = data(32, "width and height of the images, in pixels", least=16, resume=FIXED)
     image_fit: str = data("stretch", "how images of your own become square", choices=(*FITS,), resume=FIXED)
     image_white: int | None = data(None, "white, in gray images of more than 8 bits", least=1, most=65535, resume=FIXED)
-    partition: str = data("iid", "how to partition the images across the sites", choices=PARTITIONS, resume=FIXED)
+    skip_unreadable: float = data(0.0, "share of unreadable files to skip", least=0, below=1, env="FL_SKIP_UNREADABLE")
+    partition: str = data("iid", "how to partition the images", choices=(*PARTITIONS, "site"), resume=FIXED)
     alpha: float = data(0.5, "dirichlet: the smaller, the less similar the sites", above=0, resume=FIXED)
     shards_per_site: int = data(2, "shards: number per site", least=1, resume=FIXED)
 
@@ -125,10 +126,11 @@ class Options:
 
     @classmethod
     def of_job(cls) -> "Options":
-        """The options of the job that this code runs in. A real site chooses its own data root."""
+        """The options of the job that this code runs in. A real site chooses its own data root and what to skip."""
         options = cls.of(json.loads(Path(__file__).with_name("options.json").read_text(encoding="utf-8")))
         if options.env == "prod":
             options.data_root = os.environ.get("FL_DATA_ROOT")
+            options.skip_unreadable = float(os.environ.get("FL_SKIP_UNREADABLE") or 0)
         return options
 
     @property

@@ -27,7 +27,7 @@ from federation.site import catalog  # noqa: E402
 from programs import Project  # noqa: E402
 from settings import Options  # noqa: E402
 
-SURROUNDINGS = ("FL_DATA_ROOT", "FL_SHARE_COUNTS", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
+SURROUNDINGS = ("FL_DATA_ROOT", "FL_SHARE_COUNTS", "FL_SKIP_UNREADABLE", "FL_DATA_MIRROR", "FL_DATA_TIMEOUT")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 

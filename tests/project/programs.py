@@ -96,10 +96,10 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def data_error(function: Callable, *arguments) -> str:
+def data_error(function: Callable, *arguments, **named) -> str:
     """The one line that the user is told where data cannot be used."""
     with pytest.raises(UserError) as error:
-        function(*arguments)
+        function(*arguments, **named)
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -183,6 +183,7 @@ INVALID_EVALUATIONS = {
         "test_calibration does not count the 3 test images",
     ),
     "a fraction of an image": (evaluated(**{"holds cat": 0.5}), "holds cat is float, not a whole number"),
+    "half a skipped file": (evaluated(skipped_images=0.5), "skipped_images is float, not a whole number"),
     "an unknown class": (evaluated(**{"holds [/x]": 1}), "it counts images of an unknown class '[/x]'"),
 }
 

@@ -133,6 +133,17 @@ def test_a_folder_can_have_dicom_files_among_others(tmp_path):
     assert [len(np.unique(image)) > 1 for image in opened.images] == [True, False] * 2
 
 
+def test_files_are_not_skipped_for_good_because_pydicom_is_missing(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / split / "mr").mkdir(parents=True)
+        (tmp_path / split / "mr" / "0.dcm").write_bytes(MR.read_bytes())
+        Image.new("L", (5, 5), 77).save(tmp_path / split / "mr" / "1.png")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pydicom", None)
+        assert "pip install 'pydicom>=3'" in data_error(prepare, "image_folder", tmp_path, 32, skip_unreadable=0.5)
+    assert len(open_split(prepare("image_folder", tmp_path, 32, skip_unreadable=0.5), "train").labels) == 2
+
+
 def test_without_pydicom_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     message = data_error(read_image, MR, 32)

@@ -11,14 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.app_constant import AppConstants
 from PIL import Image
 
 import data
+import settings
 from federation.errors import UserError
 from federation.launch import distribution
 from federation.site import catalog
 from federation.site.catalog import open_split, prepare
+from federation.site.host import call_client
 from programs import PROJECT, data_error, names_in
+from settings import Options
+from trainer import make_model
 
 
 def save(path: Path, color=(200, 100, 50), size=(5, 3), mode: str = "RGB") -> Path:
@@ -604,6 +610,73 @@ def test_a_folder_without_read_permission_is_named(root, permissions_bind):
     message = failure(root)
     (root / "train" / "dog").chmod(0o755)
     assert str(root / "train" / "dog") in message and "Permission denied" in message
+
+
+# ---- unreadable files: all are named, and a share of them can be skipped
+
+
+@pytest.fixture
+def spoiled(root) -> Path:
+    """The folder with two unreadable files among ten readable ones."""
+    (root / "train" / "cat" / "1 broken.png").write_bytes(b"no image at all")
+    Image.new("I;16", (4, 4), 4095).save(root / "test" / "dog" / "0 x-ray.png")
+    return root
+
+
+def test_all_unreadable_files_are_named_at_once_with_the_share_to_allow(spoiled):
+    message = failure(spoiled)
+    assert "2 of 12 images cannot be used" in message and "FL_SKIP_UNREADABLE=0.17" in message
+    assert "1 broken.png is not a readable image" in message and "0 x-ray.png has more than 8 bits" in message
+
+
+def test_of_many_unreadable_files_the_first_are_named(root):
+    for number in range(30):
+        (root / "train" / "cat" / f"broken {number:02}.png").touch()
+    message = failure(root)
+    assert "30 of 40 images" in message and "broken 09.png" in message and "; and 20 more" in message
+    assert "broken 10.png" not in message
+
+
+def test_up_to_a_share_unreadable_files_are_skipped(spoiled):
+    store = prepare("image_folder", spoiled, 4, skip_unreadable=0.17)
+    train, test = (open_split(store, split) for split in ("train", "test"))
+    assert train.images[:, 0, 0, 0].tolist() == [10, 11, 12, 20, 21, 22] and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert test.images[:, 0, 0, 0].tolist() == [10, 11, 20, 21] and test.labels.tolist() == [0, 0, 1, 1]
+    assert [*train.unreadable] == [str(spoiled / "train" / "cat" / "1 broken.png")]
+    assert [*test.unreadable] == [str(spoiled / "test" / "dog" / "0 x-ray.png")]
+
+
+def test_a_smaller_share_is_respected_although_the_copy_exists(spoiled, conversions):
+    prepare("image_folder", spoiled, 4, skip_unreadable=0.17)
+    assert "2 of 12 images" in data_error(prepare, "image_folder", spoiled, 4, skip_unreadable=0.16)
+    assert "2 of 12 images" in failure(spoiled)
+    assert len(conversions) == 1
+
+
+@pytest.mark.parametrize("share", [2.0, -0.1, float("nan")])
+def test_what_is_not_a_share_skips_nothing(spoiled, share):
+    assert "FL_SKIP_UNREADABLE is" in data_error(prepare, "image_folder", spoiled, 4, skip_unreadable=share)
+
+
+def test_a_site_reports_how_many_files_it_skips(spoiled, options, monkeypatch, tmp_path):
+    run = options(dataset="image_folder", data_root=str(spoiled), partition="none", classes=["cat", "dog"])
+    run.skip_unreadable = 0.2
+    monkeypatch.setattr(Options, "of_job", lambda: run)
+    received = FLModel(params=make_model(run).state_dict())
+    metrics = call_client("north", AppConstants.TASK_VALIDATION, received, tmp_path).metrics
+    assert (metrics["skipped_images"], metrics["val_images"], metrics["test_images"]) == (2, 1, 4)
+    (spoiled / "train" / "cat" / "1 broken.png").unlink()
+    (spoiled / "test" / "dog" / "0 x-ray.png").unlink()
+    data._opened.cache_clear()
+    assert "skipped_images" not in call_client("north", AppConstants.TASK_VALIDATION, received, tmp_path).metrics
+
+
+def test_only_a_real_site_itself_decides_how_much_it_skips(monkeypatch, tmp_path):
+    (tmp_path / "options.json").write_text('{"env": "prod", "skip_unreadable": 0.9}')
+    monkeypatch.setattr(settings, "__file__", str(tmp_path / "settings.py"))
+    assert Options.of_job().skip_unreadable == 0
+    monkeypatch.setenv("FL_SKIP_UNREADABLE", "0.02")
+    assert Options.of_job().skip_unreadable == 0.02
 
 
 # ---- a folder for each site

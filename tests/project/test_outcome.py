@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from federation.errors import RunError
-from federation.run import outcome
+from federation.run import outcome, schema
 from federation.run.folder import RunFolder
 from settings import Options
 
@@ -163,3 +163,11 @@ def test_patience_counts_the_rounds_since_the_best(run):
     with pytest.raises(RunError, match="only 4 of 9 rounds finished"):
         collect(run, 9, list(REPORTS), patience=3)
     assert collect(run, 9, list(REPORTS), patience=2)["stopped_early"]
+
+
+def test_a_site_that_skipped_unreadable_files_is_listed_with_their_number(run):
+    assert collect(run, 1, list(REPORTS))["skipped"] == {}
+    reports(run, {**REPORTS, "site-2": {**REPORTS["site-2"], "skipped_images": 3}})
+    result = {**collect(run, 1, list(REPORTS)), "sites_per_round": None}
+    assert result["skipped"] == {"site-2": 3}
+    assert schema.caveats(result) == ["3 unreadable files were skipped under the data root of site-2"]

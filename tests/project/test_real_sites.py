@@ -191,6 +191,18 @@ class TestAFederationOfSites:
         assert list(tested["sites"]) == ["east"] and tested["classes"] == ["benign", "malign"]
         assert sum(map(sum, tested["sites"]["east"]["test_confusion"])) == finished["test"]["sites"]["east"]["images"]
 
+    def test_is_ready_at_each_site_according_to_its_doctor_and_its_status(self, finished, federation, images):
+        (federation.folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+        flags = ["--data_root", str(images["north"]), "--startup_kit", str(federation.kits / "north")]
+        run = federation.project.run("deploy/doctor.py", *flags, "--classes", str(federation.folder / "classes.txt"))
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert re.search(r"^ok +server +localhost:\d+ is localhost and accepts this kit$", run.stdout, re.MULTILINE)
+        run = federation.project.run("deploy/status.py", str(federation.kits / "north"))
+        assert run.stdout.startswith("north: running, connected\n")
+        assert "submitted by lead@example.com" in run.stdout and "ended; last active" in run.stdout
+        assert "2 after training" in run.stdout and "after an evaluation" in run.stdout
+        assert run.stdout.endswith("to do: nothing: this site is ready for jobs\n")
+
     def test_sends_no_image_label_or_file_name_to_the_server(self, finished, federation, images):
         received = b"".join(path.read_bytes() for path in federation.folder.parent.glob("received.*"))
         stored = [path for top in (federation.kits / "localhost", federation.folder / "storage") for path in files(top)]

@@ -37,6 +37,7 @@ BAD_FLAGS = {
     "a folder that is not a kit": ([*PROD, "--startup_kit", "."], "startup/fed_admin.json does not exist"),
     "a partition for real sites": ([*PROD, "--partition", "iid"], "real sites have their own: use none"),
     "a local folder of images": ([*PROD, "--data_root", "."], "each site sets its own FL_DATA_ROOT"),
+    "a share of files to skip at real sites": ([*PROD, "--skip_unreadable", "0.1"], "sets its own FL_SKIP_UNREADABLE"),
     "a check of real sites": ([*PROD, "--check"], "remove --env prod"),
     "no classes": (["--env", "prod", "--dataset", "image_folder"], "--classes FILE is missing"),
     "a missing file of classes": ([*PROD, "--classes", "/nowhere"], "/nowhere does not exist"),

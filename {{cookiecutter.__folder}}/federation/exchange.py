@@ -23,6 +23,7 @@ from federation.protocol import (
     N_SCORES,
     SCORES,
     SITES,
+    SKIPPED,
     TEST_COUNTS,
     TEST_IMAGES,
     VAL_IMAGES,
@@ -106,6 +107,8 @@ class SiteCheck:
                     return f"it counts images of an unknown class {class_!r}"
                 if fault := count_fault(name, metrics[name], 0, None):
                     return fault
+        if SKIPPED in metrics and (fault := count_fault(SKIPPED, metrics[SKIPPED], 1, None)):
+            return fault
         return self._count_fault(site, {"val": metrics.get(VAL_IMAGES), "test": metrics.get(TEST_IMAGES)})
 
     def _count_fault(self, site: str, counts: dict[str, Any]) -> str | None:

@@ -36,6 +36,7 @@ LEDGER_VARIABLE = "FL_LEDGER"  # the folder of a site's ledger; job.py sets it i
 # Keys of a site's answers.
 METRIC = "val_acc"  # models are compared by this
 VAL_IMAGES, TEST_IMAGES = "val_images", "test_images"  # numbers of images
+SKIPPED = "skipped_images"  # number of unreadable images that the site skips, if any
 LEAK_AUC, LEAK_TPR = "leak_auc", "leak_tpr"  # membership inference: site/leak.py
 LEAK_IMAGES = 500  # at most so many training images and as many test images are used for it
 DP = "dp"  # a round of differentially private training: site/budget.py

@@ -51,13 +51,17 @@ def failed_sites(server_log: Path) -> str:
     return "; ".join(reasons + [f"{site} was lost" for site in sorted(set(re.findall(DISCONNECTED, text)) - failed)])
 
 
-def root_cause(workspace: Path) -> str:
+def root_cause(workspace: Path, folder: str = "*") -> str:
     """The first error at any site of a run: the exception, its line in the project, and the call stack.
 
     Empty if there is none, or only the error with which the server ended the run.
+
+    Args:
+        workspace: NVFlare's.
+        folder: the folders in it whose `log.txt` is read.
     """
     errors = []
-    for log in workspace.glob("*/log.txt"):
+    for log in workspace.glob(f"{folder}/log.txt"):
         for time, prefix, traceback, error in re.findall(
             r"^(\d{4}-\S+ \S+) (.*)Traceback .*:\n((?:[ \t].*\n|\n)+)(\S.*)\n", _text(log), re.MULTILINE
         ):
@@ -71,6 +75,11 @@ def root_cause(workspace: Path) -> str:
             who = site[1] if site else log.parent.name
             errors.append((log.parent.name == "server", time, f"{who} failed: {error}{place}{where}"))
     return min(errors)[2] if errors else ""  # the server fails only after its sites
+
+
+def commands(audit_log: Path) -> list[tuple[str, str, str]]:
+    """The time, user and topic of each command of an administrator at a site, according to the site's `audit.log`."""
+    return re.findall(r"\[T:(\S+ [\d:]+)\S*\]\[U:([^]]+)\]\[A:([^]]+)\]", _text(audit_log))
 
 
 def _text(log: Path) -> str:

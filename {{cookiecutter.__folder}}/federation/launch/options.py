@@ -232,6 +232,8 @@ def _check_environment(options: Options, given: set[str]) -> None:
         raise UserError("--check and --prepare_only run on this machine: remove --env prod")
     if options.data_root:
         raise UserError("each site sets its own FL_DATA_ROOT: remove --data_root and unset FL_DATA_ROOT here")
+    if options.skip_unreadable:
+        raise UserError("each site sets its own FL_SKIP_UNREADABLE: remove --skip_unreadable and unset it here")
     names = options.site_names = options.site_names or _sites_of_project()
     if invalid := [name for name in names if not re.fullmatch(NAME, name)]:
         raise UserError(f"--sites has the name {invalid[0]!r}: expected names separated by commas, without spaces")

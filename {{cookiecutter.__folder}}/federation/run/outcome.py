@@ -28,8 +28,8 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
 
     Returns:
         `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `leak`, `privacy`, `lost`, `rejected`,
-        `images` and `timing`, as README.md documents them, and `counts`: site -> class -> number of images, empty
-        unless real sites report it.
+        `images`, `skipped` and `timing`, as README.md documents them, and `counts`: site -> class -> number of images,
+        empty unless real sites report it.
 
     Raises:
         RunError: rounds or the final evaluation are missing.
@@ -96,6 +96,7 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
             for record in rounds
             for site, own in record["sites"].items()
         },
+        "skipped": {site: own[protocol.SKIPPED] for site, own in reports.items() if protocol.SKIPPED in own},
         "timing": timing.totals(timing.phases(run)),
         "counts": counts if any(counts.values()) else {},
     }

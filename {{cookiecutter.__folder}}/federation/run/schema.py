@@ -125,7 +125,7 @@ def read(run: RunFolder) -> dict[str, Any]:
         entry.setdefault("missing", [])
         entry.setdefault("participants", None)
     usual = {"version": 0, "env": "sim", "lost": [], "tracking": "none", "stopped_early": False, "versions": {}}
-    usual |= {"rejected": [], "images": {}, "leak": {}, "privacy": {}}
+    usual |= {"rejected": [], "images": {}, "leak": {}, "privacy": {}, "skipped": {}}
     return {**usual, **dict.fromkeys(ADDED_KEYS), **result, "state": state}
 
 
@@ -236,6 +236,9 @@ def caveats(result: dict[str, Any]) -> list[str]:
         found += lines[:MAX_CAVEATS]
         if len(lines) > MAX_CAVEATS:
             found.append(f"{len(lines) - MAX_CAVEATS} more {kind}: see results.json")
+    for count in sorted(set(result["skipped"].values())):
+        sites = [site for site, own in result["skipped"].items() if own == count]
+        found.append(f"{count:,} unreadable files were skipped under the data root of {some(sites)}")
     train = {site: own["train"] for site, own in result["images"].items()}
     total = sum(train.values())
     for site, count in train.items():

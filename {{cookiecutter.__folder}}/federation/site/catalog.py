@@ -5,9 +5,14 @@ memory-mapped file of images and one of labels. All sites on a machine and all p
 created it can read it, because the images may be private.
 """
 
+import contextlib
+import csv
 import gzip
 import hashlib
+import json
+import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -36,17 +41,42 @@ FORMATS = (
     "GIF",
 )  # Pillow's names; detected from the content, not the suffix
 EIGHT_BITS = ("1", "L", "P", "RGB", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
+UNREADABLE = "unreadable.json"  # in the store of a folder with such files: split -> file -> what is wrong with it
+SHOWN = 10  # unreadable files in an error
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-RULE = 3  # version of `read_image`; increase it if the returned pixels change, so that older stores are not used
+RULE = 4  # version of what a folder's store contains; increase it if that changes, so that older stores are not used
+TABLE = "images.csv"  # in an image folder: lists its files
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split: images, uint8 (N, 3, S, S), memory-mapped; labels, int64 (N,); class names."""
+    """One split of a store.
+
+    `images`: uint8 (N, 3, S, S), memory-mapped; `labels`: int64 (N,).
+    `groups`: int64 (N,), images of the same patient, say, have the same number, in both splits; None: no groups.
+    `sites`: int64 (N,), the simulated site of each image according to images.csv: 0 for site-1, -1 if unknown; or None.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     classes: list[str]
+    unreadable: dict[str, str]  # file -> what is wrong with it
+    groups: np.ndarray | None
+    sites: np.ndarray | None
+
+
+class Listed(NamedTuple):
+    """A file of an image folder, its class, and, if it has them, its group and its simulated site."""
+
+    path: Path
+    label: str
+    group: str
+    site: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What is never split: its group, or the file itself."""
+        return self.group or str(self.path)
 
 
 Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, H, W) or (N, H, W, 3), unconverted, and labels (N,)
@@ -155,7 +185,15 @@ def cache_folder() -> Path:
     return folder
 
 
-def prepare(dataset: str, root: Path | None, image_size: int, fit: str = "stretch", white: int | None = None) -> Path:
+def prepare(
+    dataset: str,
+    root: Path | None,
+    image_size: int,
+    fit: str = "stretch",
+    white: int | None = None,
+    *,
+    skip_unreadable: float = 0.0,
+) -> Path:
     """Create a data set's store unless it exists, and return its folder.
 
     Several processes may call this at the same time: one does the work, the others wait. Removes the store of an
@@ -166,16 +204,20 @@ def prepare(dataset: str, root: Path | None, image_size: int, fit: str = "stretc
         root: folder of the raw data: a public data set's archive (None: the cache folder), or the image folder.
         image_size: S, width and height of the converted images in pixels.
         fit, white: of an image folder: see `read_image`. Public data sets have square images of 8 bits.
+        skip_unreadable: the share of an image folder's files that may be left out because they cannot be read.
 
     Raises:
         UserError: the data is not available or cannot be read.
     """
     from filelock import FileLock
 
+    if not 0 <= skip_unreadable <= 1:
+        raise UserError(f"FL_SKIP_UNREADABLE is {skip_unreadable}: it must be a share, such as 0.02 for 2 %")
     name, state = _store_name(dataset, root, image_size, fit, white)
     cache = cache_folder()
     store = cache / f"{name}{state}"
     if store.is_dir():
+        _check_readable(store, skip_unreadable)
         return store
     try:
         with FileLock(cache / f"{name}.lock"):
@@ -185,6 +227,7 @@ def prepare(dataset: str, root: Path | None, image_size: int, fit: str = "stretc
                 with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as unfinished:
                     if dataset == "image_folder":
                         classes = _convert_folder(root or Path(), image_size, fit, white, Path(unfinished))
+                        _check_readable(Path(unfinished), skip_unreadable)
                     else:
                         classes = _convert_public(dataset, root, image_size, Path(unfinished))
                     Path(unfinished, "classes.txt").write_text("\n".join(classes), encoding="utf-8")
@@ -197,6 +240,7 @@ def prepare(dataset: str, root: Path | None, image_size: int, fit: str = "stretc
                     shutil.rmtree(earlier.rename(cache / f".{earlier.name}"))
     except OSError as error:
         raise UserError(f"cannot write the converted images under {cache}: {error}") from None
+    _check_readable(store, skip_unreadable)  # another process may have allowed more
     return store
 
 
@@ -211,6 +255,9 @@ def open_split(store: Path, split: str) -> Split:
             images=np.asarray(np.load(store / f"{split}-images.npy", mmap_mode="r")),
             labels=np.load(store / f"{split}-labels.npy"),
             classes=(store / "classes.txt").read_text(encoding="utf-8").splitlines(),
+            unreadable=_unreadable(store).get(split, {}),
+            groups=np.load(groups) if (groups := store / f"{split}-groups.npy").exists() else None,
+            sites=np.load(sites) if (sites := store / f"{split}-sites.npy").exists() else None,
         )
     except FileNotFoundError:
         raise UserError(f"{store} was removed, perhaps because its images changed: run the command again") from None
@@ -284,19 +331,29 @@ def _square(images: np.ndarray, image_size: int) -> np.ndarray:
 def _fingerprint(root: Path) -> str:
     """A fingerprint of a folder: changes if a file is added, removed, renamed or written."""
     digest = hashlib.sha256(f"rule {RULE}\n".encode())
+    with _reading(root):
+        folders = [(str(root / split), each) for split in ("train", "test") for each in _walk(root / split)]
+        if (root / TABLE).exists():
+            digest.update((root / TABLE).read_bytes())
+            folders = [("", (str(root), [str(file.path) for own in _read_table(root).values() for file in own]))]
+        for _, (folder, files) in folders:
+            digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\n"))
+            for name in files:
+                status = os.stat(os.path.join(folder, name))
+                digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """Turns the errors of reading an image folder into UserErrors."""
     try:
-        if not (root / "train").is_dir():
+        if not ((root / "train").is_dir() or (root / TABLE).exists()):
             os.listdir(root)  # raises if it is missing or not readable
-            raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>")
-        for split in ("train", "test"):
-            for folder, files in _walk(root / split):
-                digest.update(os.fsencode(f"{os.path.relpath(folder, root)}\n"))
-                for name in files:
-                    status = os.stat(os.path.join(folder, name))
-                    digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
+            raise UserError(f"{root} has no folder 'train': expected {root}/train/<class>/<image>, or {TABLE}")
+        yield
     except OSError as error:
         raise UserError(f"the data root {error.filename or root} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()[:16]
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
@@ -311,38 +368,125 @@ def _raise(error: OSError) -> None:
         raise error
 
 
+def list_images(root: Path) -> dict[str, list[Listed]]:
+    """The files of the splits `train` and `test`, in the order of the converted images.
+
+    They are listed in `images.csv`, or else are `train/<class>/<image>`, or `train/<class>/<group>/<image>` if images
+    belong together. The same name in two classes is the same group. Without test images, a tenth is split off.
+
+    Raises:
+        UserError: a folder is empty or cannot be read, a class has an invalid name, or the table is wrong.
+    """
+    with _reading(root):
+        if (root / TABLE).exists():
+            files = _read_table(root)
+        else:
+            files = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
+    check_classes({str(root / split): list(dict.fromkeys(file.label for file in own)) for split, own in files.items()})
+    if "test" in files:
+        return files
+    held: set[str] = set()
+    for site in sorted({file.site for file in files["train"]}):
+        units = list(dict.fromkeys(file.unit for file in files["train"] if file.site == site))
+        order = np.random.RandomState(0).permutation(len(units))
+        held |= {units[i] for i in order[: max(len(order) // 10, 1)]}
+    return {
+        split: [file for file in files["train"] if (file.unit in held) == (split == "test")]
+        for split in ("train", "test")
+    }
+
+
 def _convert_folder(root: Path, image_size: int, fit: str, white: int | None, store: Path) -> list[str]:
-    found = {split: _find_images(root / split) for split in ("train", "test") if (root / split).is_dir()}
-    check_classes({str(root / split): list(of_class) for split, of_class in found.items()})
-    classes = sorted(set().union(*found.values()))
-    files = {split: [(path, name) for name in own for path in own[name]] for split, own in found.items()}
-    if "test" not in files:
-        order = np.random.RandomState(0).permutation(len(files["train"]))
-        n_test = max(len(order) // 10, 1)
-        test, train = ([files["train"][i] for i in sorted(places)] for places in (order[:n_test], order[n_test:]))
-        files = {"train": train, "test": test}
-    for split, pairs in files.items():
-        shape = (len(pairs), 3, image_size, image_size)
+    files, unreadable = list_images(root), dict[str, dict[str, str]]()
+    everything = [file for own in files.values() for file in own]
+    classes = sorted({file.label for file in everything})
+    units = {unit: number for number, unit in enumerate(dict.fromkeys(file.unit for file in everything))}
+    for split, own in files.items():
+        shape, faults, kept = (len(own), 3, image_size, image_size), unreadable.setdefault(split, {}), list[Listed]()
         images = np.lib.format.open_memmap(store / f"{split}-images.npy", mode="w+", dtype=np.uint8, shape=shape)
-        bar = tqdm(pairs, desc=f"Converting {split} images", disable=not sys.stderr.isatty())
-        for i, (path, _) in enumerate(bar):
-            images[i] = read_image(path, image_size, fit, white)
+        for file in tqdm(own, desc=f"Converting {split} images", disable=not sys.stderr.isatty()):
+            try:
+                images[len(kept)] = read_image(file.path, image_size, fit, white)
+                kept.append(file)
+            except UserError as error:
+                if isinstance(error.__context__, ImportError):  # no pydicom: not a fault of the file
+                    raise
+                faults[str(file.path)] = str(error)
         images.flush()
-        np.save(store / f"{split}-labels.npy", np.array([classes.index(name) for _, name in pairs], dtype=np.int64))
+        if faults:
+            np.save(store / "readable.npy", images[: len(kept)])
+            os.replace(store / "readable.npy", store / f"{split}-images.npy")
+        columns = {"labels": [classes.index(file.label) for file in kept]}
+        if any(file.group for file in everything):
+            columns["groups"] = [units[file.unit] for file in kept]
+        if any(file.site for file in everything):
+            found = (re.fullmatch(r"site-([1-9]\d{0,5})", file.site) for file in kept)
+            columns["sites"] = [int(match[1]) - 1 if match else -1 for match in found]
+        for name, values in columns.items():
+            np.save(store / f"{split}-{name}.npy", np.array(values, dtype=np.int64))
+    if any(unreadable.values()):
+        (store / UNREADABLE).write_text(json.dumps(unreadable), encoding="utf-8")
     return classes
 
 
-def _find_images(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its images, both sorted by name."""
+def _unreadable(store: Path) -> dict[str, dict[str, str]]:
+    file = store / UNREADABLE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _check_readable(store: Path, skip_unreadable: float) -> None:
+    """Reject a store without more of its folder's files than the owner allows."""
+    faults = [fault for own in _unreadable(store).values() for fault in own.values()]
+    if not faults:
+        return
+    n_files = len(faults) + sum(len(np.load(store / f"{split}-labels.npy")) for split in ("train", "test"))
+    if len(faults) > skip_unreadable * n_files:
+        listed = "; ".join(faults[:SHOWN]) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
+        share = math.ceil(100 * len(faults) / n_files) / 100
+        allowed = f". Or skip up to this share: FL_SKIP_UNREADABLE={share}" if share < 1 else ""
+        raise UserError(f"{len(faults)} of {n_files} images cannot be used: {listed}{allowed}")
+
+
+def _find_images(folder: Path) -> list[Listed]:
+    """The images of all classes, both sorted by name."""
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not classes:
         raise UserError(f"{folder} is empty: expected {folder}/<class>/<image>")
-    found: dict[str, list[Path]] = {}
+    found: list[Listed] = []
     for name in classes:
-        found[name] = images_in(folder / name)
-        if not found[name]:
+        paths = images_in(folder / name)
+        if not paths:
             raise UserError(f"{folder / name} has no images: add some ({', '.join(IMAGE_SUFFIXES)}) or remove it")
+        groups = (path.relative_to(folder / name).parts[:-1] for path in paths)
+        found += [Listed(path, name, group[0] if group else "") for path, group in zip(paths, groups, strict=True)]
     return found
+
+
+def _read_table(root: Path) -> dict[str, list[Listed]]:
+    """The files that images.csv lists, sorted by class and path; those in the folder `test` are test images."""
+    table, found = root / TABLE, dict[str, list[Listed]]()
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as text:
+            rows = list(csv.DictReader(text, restval=""))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} cannot be read ({error}): save it as CSV, in UTF-8") from None
+    seen = set[str]()
+    for number, row in enumerate(rows, start=2):
+        if not (row.get("file") and row.get("class")):
+            columns = "file, class and, if you like, group and site"
+            raise UserError(
+                f"row {number} of {table} lacks its file or class: expected the columns {columns}, with commas"
+            )
+        path = os.path.normpath(row["file"])
+        if path in seen:
+            raise UserError(f"row {number} of {table} lists {path} again: remove it")
+        seen.add(path)
+        split = "test" if path.startswith("test" + os.sep) else "train"
+        file = Listed(root / path, row["class"], row.get("group") or "", row.get("site") or "")
+        found.setdefault(split, []).append(file)
+    if "train" not in found:
+        raise UserError(f"{table} lists no training images: add rows with file and class")
+    return {split: sorted(own, key=lambda file: (file.label, file.path)) for split, own in sorted(found.items())[::-1]}
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -413,6 +557,16 @@ def _fit(image: Any, image_size: int, fit: str) -> Any:
     if fit == "stretch":
         return image.resize(side, bilinear, reducing_gap=2.0)
     return {"pad": ImageOps.pad, "crop": ImageOps.fit}[fit](image, side, bilinear)
+
+
+def header(path: Path) -> tuple[str, bool]:
+    """The color mode of a readable image, as Pillow names it, or DICOM; and whether its EXIF orientation turns it."""
+    from PIL import Image
+
+    if path.suffix.lower() == ".dcm":
+        return "DICOM", False
+    with Image.open(path, formats=FORMATS) as file:
+        return file.mode, file.getexif().get(274, 1) != 1
 
 
 def _refusal(image: Any, white: int | None) -> str:
