@@ -28,10 +28,14 @@ RUN_IN_PROJECT = {  # command -> flags added to keep the test short
     "python3 install.py": "",
     ". .venv/bin/activate": "",
     JOB: "",
+    f"{JOB} --model LitNet": "--check",
+    f"{JOB} --debug site-2": "",
+    f"for rate in 0.003 0.01 0.03; do {JOB} --learning_rate $rate --name rate-$rate; done": "",
+    f"{RESULTS} 'rate-*'": "",
+    f"{JOB} --resume rate-0.01 --num_rounds 2": "",
     f"{JOB} --n_clients 1000 --sites_per_round 50 --num_rounds 20 --evaluate_sites 100": (
         "--n_clients 60 --num_rounds 2 --evaluate_sites 9"
     ),
-    f"{JOB} --debug site-2": "",
     RESULTS: "",
     f"{RESULTS} --list": "",
     f"{RESULTS} first second": "",
@@ -66,6 +70,10 @@ def commands(readme: Path) -> list[str]:
     return found
 
 
+def commands_of(project: Path) -> list[str]:
+    return commands(project / "README.md") + commands(project / "REFERENCE.md")
+
+
 def environment_in(folder: Path) -> None:
     """Create a .venv of links to the environment of this test, which removing it would not touch."""
     (folder / ".venv").mkdir()
@@ -94,13 +102,13 @@ def test_every_command_of_the_template_is_run_or_has_a_reason():
 
 
 def test_every_command_of_the_project_is_run_or_has_a_reason(project):
-    assert set(commands(project.path / "README.md")) == {*RUN_IN_PROJECT, *NOT_RUN_IN_PROJECT}
+    assert set(commands_of(project.path)) == {*RUN_IN_PROJECT, *NOT_RUN_IN_PROJECT}
 
 
 def test_every_flag_exists(project):
     """Including those of commands that no test runs."""
     helps = {}
-    for command in commands(project.path / "README.md"):
+    for command in commands_of(project.path):
         program, *words = shlex.split(command)[1:]
         if not program.endswith(".py"):
             continue

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def compare(folder: RunFolder, result: dict[str, Any], data_root: str | None = None) -> dict[str, Any]:
-    """Train without the federation, and return the content of compare.json, which README.md documents.
+    """Train without the federation, and return the content of compare.json, which REFERENCE.md documents.
 
     Args:
         folder: the run.

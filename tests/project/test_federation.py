@@ -196,7 +196,7 @@ class TestAFinishedRun:
 
         assert finished.result["version"] == schema.VERSION
         options = set(Options(algorithm="fedavg").of_run()) - {"classes"}
-        assert set(finished.result) == options | keys_documented((PROJECT / "README.md").read_text(encoding="utf-8"))
+        assert set(finished.result) == options | keys_documented((PROJECT / "REFERENCE.md").read_text(encoding="utf-8"))
         assert {**finished.result, "state": "finished"} == schema.read(RunFolder(self.folder(finished)))
         final = torch.load(self.folder(finished) / finished.result["model"], weights_only=True)
         assert finished.result["sha256"] == outcome.fingerprint(final)
@@ -289,7 +289,7 @@ class TestAFinishedRun:
 
 
 def keys_documented(text: str) -> set[str]:
-    """The names in the first column of the README's table of results.json."""
+    """The names in the first column of the table of results.json."""
     table = text[text.index("| key | what |") :].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines()][2:]
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}

@@ -165,9 +165,9 @@ def test_model_json_has_no_path_and_nothing_of_a_single_site(runs):
     assert '"accuracy": 0.5' in text
 
 
-def test_the_readme_documents_every_key_of_model_json(runs):
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("## Use the model") : readme.index("## Progress")]
+def test_the_reference_documents_every_key_of_model_json(runs):
+    reference = (PROJECT / "REFERENCE.md").read_text(encoding="utf-8")
+    section = reference[reference.index("## Models") : reference.index("## Resume")]
     documented = re.findall(r"^\| `(\w+)` \|", section, re.M)
     assert documented == list(json.loads((runs / "first" / "model.json").read_text()))
 
@@ -267,8 +267,8 @@ def test_onnx_runtime_gives_the_same_probabilities(runs, images, program, onnxru
     rows = rows_of(program, "second", images)
     code, out, err = program("second", "--export", "model.onnx")
     assert (code, err) == (0, "") and "ONNX Runtime and PyTorch agree" in out
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "InferenceSession" in block]
+    reference = (PROJECT / "REFERENCE.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", reference, re.S) if "InferenceSession" in block]
     pixels = data.read_images(sorted(images.rglob("*.png")), data.image_rule(options)).numpy()
     said: list[list[str]] = []
     names = {"onnxruntime": onnxruntime, "json": json, "images": pixels, "print": said.append}

@@ -20,7 +20,7 @@ from settings import Options
 from synthetic import write_run
 
 OLDER = Path(__file__).with_name("results_version_0.json")  # written before the file had a version
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
+REFERENCE = (PROJECT / "REFERENCE.md").read_text(encoding="utf-8")
 COUNTS = {f"site-{i}": {"cat": 10 * i, "dog": 5} for i in (1, 2, 3)}
 
 
@@ -69,7 +69,7 @@ class TestASchema:
 
     def test_documents_every_key_that_a_run_writes(self, runs):
         for key in schema.read(RunFolder(runs / "first")).keys() - {"state"}:  # which is not in the file
-            assert f"`{key}`" in README or hasattr(Options(), key), key
+            assert f"`{key}`" in REFERENCE or hasattr(Options(), key), key
 
     def test_records_the_versions_of_dependencies(self):
         versions = schema.versions()

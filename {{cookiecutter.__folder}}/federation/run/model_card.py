@@ -1,4 +1,4 @@
-"""model.json: what is needed to use a run's models without its data and its results. README.md documents its keys."""
+"""model.json: what is needed to use a run's models without its data and its results. REFERENCE.md has its keys."""
 
 import hashlib
 from pathlib import Path

@@ -28,8 +28,8 @@ def collect(run: RunFolder, options: Options, sites: list[str]) -> dict[str, Any
 
     Returns:
         `rounds`, `stopped_early`, `test`, `model`, `sha256`, `best`, `leak`, `privacy`, `lost`, `rejected`,
-        `images`, `skipped` and `timing`, as README.md documents them, and `counts`: site -> class -> number of images,
-        empty unless real sites report it.
+        `images`, `skipped` and `timing`, as REFERENCE.md documents them, and `counts`: site -> class -> number of
+        images, empty unless real sites report it.
 
     Raises:
         RunError: rounds or the final evaluation are missing.

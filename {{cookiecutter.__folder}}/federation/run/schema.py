@@ -1,4 +1,4 @@
-"""Write results.json, and read it, also from older versions of the project. README.md documents its keys."""
+"""Write results.json, and read it, also from older versions of the project. REFERENCE.md documents its keys."""
 
 import json
 import platform

@@ -588,7 +588,7 @@ def _refusal(image: Any, white: int | None) -> str:
         kinds = {1: "more than 8 bits per channel", 2: "signed values", 3: "floating-point values"}
         return (
             f"has {kinds[3 if image.mode == 'F' else sample_format]}: save it with 8 bits, with black and white at the "
-            'same values at every site (see "Your own images" in README.md)'
+            'same values at every site (see "Your own images" in REFERENCE.md)'
         )
     if image.mode not in EIGHT_BITS:
         return f"has color mode {image.mode}: save it as gray or RGB"
