@@ -86,7 +86,8 @@ def test_what_is_not_logits_is_not_counted():
 def test_intervals_are_close_to_those_of_drawing_the_images_again():
     labels, logits = images(400)
     bounds, classes = Counts.of(sent(labels, logits)).intervals(seed=0)
-    random, drawn = np.random.default_rng(1), {"balanced accuracy": [], "macro F1": [], "AUROC": []}
+    random = np.random.default_rng(1)
+    drawn: dict[str, list[float]] = {"balanced accuracy": [], "macro F1": [], "AUROC": []}
     for _ in range(300):
         rows = random.integers(0, 400, 400)
         true, predicted = labels[rows], logits.argmax(dim=1)[rows]

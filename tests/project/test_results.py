@@ -253,8 +253,9 @@ class TestAnUnfinishedRun:
         hold = "import sys, time\nfrom pathlib import Path\nfrom federation.run.folder import RunFolder\n"
         hold += "run = RunFolder(Path(sys.argv[1]))\nrun.begin({})\nprint(flush=True)\nsys.stdin.read()"
         command = [sys.executable, "-c", hold, str(runs / "live")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen(command, cwd=PROJECT, **pipes) as process:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=PROJECT, stdin=pipe, stdout=pipe) as process:
+            assert process.stdout
             process.stdout.readline()
             assert RunFolder(runs / "live").state == "running"
             process.kill()
