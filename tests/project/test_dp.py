@@ -1,6 +1,7 @@
 """Differential privacy at a site: clipped gradients, noise, Poisson samples, what they spend, and what is refused."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_epsilon_covers_earlier_jobs_whatever_their_settings(job):
 def test_answers_without_noise_leave_no_epsilon(job):
     plan = make_plan(job(), 500, [{**JOB, "tensors": [{}], DP: None}], None, JOB)
     assert plan.epsilon == math.inf
-    counts = [{**JOB, "task": "validate", "tensors": [{}], DP: None}]  # exact, and not covered
+    counts: list[dict[str, Any]] = [{**JOB, "task": "validate", "tensors": [{}], DP: None}]  # exact, and not covered
     assert make_plan(job(), 500, counts, None, JOB).epsilon < 4
 
 
