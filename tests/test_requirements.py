@@ -32,7 +32,7 @@ def test_every_requirement_says_what_it_is_for(file):
 
 def test_the_requirements_are_the_packages_that_the_project_imports():
     modules = set()
-    own = {path.stem for path in PROJECT.glob("*.py")} | {"federation"}
+    own = {path.stem for path in PROJECT.glob("*.py")} | {"federation", "deploy"}
     for path in [*PROJECT.glob("*.py"), *(PROJECT / "federation").rglob("*.py"), *(PROJECT / "deploy").rglob("*.py")]:
         if path.name == "settings.py":
             continue  # a template of Jinja's, which imports the standard library only
@@ -43,7 +43,7 @@ def test_the_requirements_are_the_packages_that_the_project_imports():
                 modules.add(node.module.split(".")[0])
     distributions = importlib.metadata.packages_distributions()
     optional = {"mlflow", "wandb", "onnxruntime", "opacus", "pydicom"}  # README.md says when to install them
-    optional |= {"packaging", "lightning_utilities"}  # what others depend on
+    optional |= {"packaging", "lightning_utilities", "lightning_fabric", "cryptography"}  # what others depend on
     imported = {normalized(distributions[name][0]) for name in modules - own - optional - set(sys.stdlib_module_names)}
     required = {normalized(re.split("[><=;]", line)[0].strip()) for line in requirements(FILES[0])}
     assert required - NOT_IMPORTED == imported

@@ -87,7 +87,7 @@ def show(result: dict[str, Any]) -> None:
         print("95 % interval of the accuracy: {1:.3f} to {2:.3f}".format(*values["accuracy"]), end="; ")
         print(f"always {majority['class']}: {as_text(majority['metrics']['accuracy'])}")
     for sentence in schema.privacy(result):
-        print(sentence)
+        print(textwrap.fill(sentence, Console().width))
     for warning in schema.caveats(result):
         print(f"WARNING: {warning}")
     if result["stopped_early"]:

@@ -147,10 +147,14 @@ class TestAFinishedRun:
             "app/custom/federation/server/answers.py",
             "app/custom/federation/server/audit.py",
             "app/custom/federation/server/evaluation.py",
+            "app/custom/federation/site/budget.py",
             "app/custom/federation/site/catalog.py",
             "app/custom/federation/site/dicom.py",
+            "app/custom/federation/site/dp.py",
             "app/custom/federation/site/fetch.py",
             "app/custom/federation/site/host.py",
+            "app/custom/federation/site/leak.py",
+            "app/custom/federation/site/ledger.py",
             "app/custom/federation/site/partition.py",
             "app/custom/federation/site/progress.py",
             "app/custom/federation/site/quick_start.py",
@@ -173,7 +177,7 @@ class TestAFinishedRun:
         assert any(line.startswith("round 2 of 2 done") for line in lines)
         assert any(line.startswith("final test") for line in lines)
         assert not any("Traceback" in line or "Warning" in line for line in lines)
-        assert len(lines) <= 30
+        assert len(lines) <= 31
         assert "Accuracy of the global model (digits, dirichlet)" in lines
 
     def test_keeps_the_complete_nvflare_log(self, finished):
@@ -237,7 +241,7 @@ class TestAFinishedRun:
                 "test_calibration": ("float64", [3, 15]),
             }
             assert set(record["meta"]) == {"kind"}
-            counts = {"val_images", "test_images"}
+            counts = {"val_images", "test_images", "leak_auc", "leak_tpr"}
             assert set(record["metrics"]) == {"val_acc", "val_loss", "test_acc", "test_loss"} | counts
 
     def test_counts_the_predictions_that_the_sites_reports_are_about(self, finished):

@@ -405,7 +405,7 @@ class TestATable:
         write_run(runs / "many", n_sites, n_rounds, cohort)
         lines = program("many")[1].splitlines()
         assert max(map(len, lines)) <= 80
-        assert len(lines) <= 65
+        assert len(lines) <= 70
 
     def test_of_many_runs_continues_in_another_table(self, runs, program):
         names = [f"20260101-12000{i}" for i in range(9)]
