@@ -82,7 +82,7 @@ class LitNet(LightningModule):
         x, labels = batch
         outputs = self(x)
         loss = criterion(outputs, labels)
-        if batch_idx % LOG_EVERY_N_STEPS == 0:
+        if batch_idx % LOG_EVERY_N_STEPS == 0 and len(labels):
             self.train_acc(outputs, labels)
             self.log("train_loss", loss)
             self.log("train_acc", self.train_acc, on_step=True, on_epoch=False)

@@ -23,6 +23,12 @@ def test_every_model_accepts_images_of_any_size(name, size, options):
         assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_fails_on_an_empty_batch(name, options):
+    model = make_model(options(model_class=name))
+    assert model.training_step((torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64)), batch_idx=0).isnan()
+
+
 def test_the_flag_offers_the_lightning_modules_of_model_py():
     defined = [value for value in vars(models).values() if isinstance(value, type) and value.__module__ == "model"]
     assert [cls.__name__ for cls in defined if issubclass(cls, LightningModule)] == MODELS
