@@ -60,8 +60,10 @@ def simulate(run: RunFolder, options: Options, environment: dict[str, str], foll
     context: Any = multiprocessing.get_context("fork" if FORKS and not n_gpus else "spawn")
     pipes = {name: context.Pipe() for name in names}  # between the server and each host
     servers_ends = {name: pipe[0] for name, pipe in pipes.items()}
-    server = context.Process(target=_run_server, args=(run, servers_ends, n_gpus, environment))
-    processes = {name: context.Process(target=_run_host, args=(run, pipes[name][1], environment)) for name in names}
+    begin = {"log": run.log, "environment": environment}
+    job = {"job": run.job, "workspace": run.workspace, "hosts": servers_ends, "n_gpus": n_gpus}
+    server = context.Process(target=_run_server, kwargs={**begin, **job})
+    processes = {name: context.Process(target=_run_host, kwargs={**begin, "server": pipes[name][1]}) for name in names}
     run.log.touch()
     gc.freeze()  # or each fork's first garbage collection would touch, and so copy, all shared pages
     with guard(run) as started, run.log.open(encoding="utf-8", errors="replace") as log:
@@ -149,14 +151,16 @@ class _Host(simulator_worker.ClientTaskWorker):
         os._exit(0)
 
 
-def _run_server(run: RunFolder, hosts: dict[str, Connection], n_gpus: int, environment: dict[str, str]) -> None:
+def _run_server(
+    log: Path, environment: dict[str, str], job: Path, workspace: Path, hosts: dict[str, Connection], n_gpus: int
+) -> None:
     """Runs in the server's process."""
-    _begin(run.log, environment)
+    _begin(log, environment)
     simulator = _Simulator(
         hosts,
         n_gpus,
-        job_folder=str(run.job),
-        workspace=str(run.workspace),
+        job_folder=str(job),
+        workspace=str(workspace),
         clients=",".join(hosts),
         max_clients=len(hosts),
         threads=len(hosts),
@@ -165,9 +169,9 @@ def _run_server(run: RunFolder, hosts: dict[str, Connection], n_gpus: int, envir
     sys.exit(MainProcessMonitor.run(simulator.simulator_run_main, run_dir=simulator.workspace, shutdown_grace_time=0))
 
 
-def _run_host(run: RunFolder, server: Connection, environment: dict[str, str]) -> None:
+def _run_host(log: Path, environment: dict[str, str], server: Connection) -> None:
     """Runs in a host's process: what NVFlare's `simulator_worker` does in a new interpreter."""
-    _begin(run.log, environment)
+    _begin(log, environment)
     os.setsid()  # NVFlare ends the process group when the server is gone
     load_comm_drivers()  # imports them while the server starts
     arguments, arguments.deploy_args, arguments.build_ctx = server.recv()
