@@ -63,7 +63,7 @@ def is_watched(options: Options) -> bool:
 
 
 def callbacks(site: str, options: Options, data: SiteDataModule, model: LightningModule) -> list[Callback]:
-    """What happens along with a site's training: progress is announced, and differential privacy if wanted."""
+    """The callbacks of a site's training: they announce its progress and, with `--dp_epsilon`, add DP-SGD."""
     config = flare.get_config()
     return [Progress(options.tracking, config.get(PROGRESS)), *private(site, options, data, model, config.get(LEDGER))]
 

@@ -40,6 +40,10 @@ REFUSED = {
         ["--env", "prod", "--simulate", "--sites", "a,b,c", "--export", "x"],
         "--n_clients is 2, but 3 real sites run them",
     ),
+    "simulated sites with the images of real ones": (
+        ["--env", "prod", "--simulate", "--dataset", "image_folder", "--sites", "a", "--export", "x"],
+        "--simulate partitions a public data set",
+    ),
     "simulated sites of real sites without --env prod": (["--simulate"], "--simulate is for real sites"),
 }
 
@@ -286,6 +290,30 @@ def test_a_host_that_dies_is_named_with_its_site(project, env):
     run = project.run("job.py", "--dataset", "digits", *SIX, "--n_hosts", "2", "--env", env, "--name", "dead")
     assert run.returncode == 1
     assert run.stderr.splitlines()[0] == "job.py: host-1 died at site-5: its process is gone"
+    assert project.processes() == []
+
+
+WITHOUT_FORKS = """
+import runpy, sys
+import federation.launch.machine
+federation.launch.machine.FORKS = False
+if __name__ == "__main__":
+    runpy.run_path("job.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_not_forks_give_the_same_bits(project):
+    """As on macOS and with CUDA, where forking is unsafe."""
+    (project.folder / "without_forks.py").write_text(WITHOUT_FORKS)
+    flags = ("--dataset", "digits", "--n_clients", "3", "--n_hosts", "2", "--num_rounds", "1")
+    for program in ("job.py", "without_forks.py"):
+        run = project.run(program, *flags, "--name", program.removesuffix(".py"))
+        assert run.returncode == 0, run.stderr
+    forked, spawned = (
+        json.loads((project.folder / "runs" / name / "results.json").read_text()) for name in ("job", "without_forks")
+    )
+    assert spawned["sha256"] == forked["sha256"]
     assert project.processes() == []
 
 

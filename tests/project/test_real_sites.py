@@ -277,6 +277,12 @@ def test_real_sites_can_run_simulated_ones_with_the_same_bits_as_one_machine(fin
     one, spread = (json.loads((project.folder / "runs" / n / "results.json").read_text()) for n in ("here", "spread"))
     assert spread["sha256"] == one["sha256"]
     assert spread["rounds"] == one["rounds"] and spread["test"] == one["test"]
+    [job] = re.findall("submitted job ([-a-f0-9]+)", run.stdout)
+    ledgers = federation.kits / "north" / "ledger"
+    assert {path.name for path in (ledgers / f"simulated-{job}").iterdir()} == {
+        f"site-{n}.jsonl" for n in (1, 4, 7, 10)
+    }
+    assert not list(ledgers.glob("site-*.jsonl"))  # nor could they be taken for a real site's
 
 
 def test_a_site_that_does_not_connect_is_named_after_the_timeout(finished, federation, project):

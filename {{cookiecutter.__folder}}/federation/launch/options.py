@@ -239,6 +239,8 @@ def _check_environment(options: Options, given: set[str]) -> None:
         raise UserError(f"--sites has the name {invalid[0]!r}: expected names separated by commas, without spaces")
     if len(set(names)) < len(names):
         raise UserError(f"--sites names {max(names, key=names.count)} twice")
+    if options.simulate and options.dataset == "image_folder":
+        raise UserError("--simulate partitions a public data set: image_folder would be the real sites' own images")
     if not options.simulate:
         options.n_clients = len(names)
     if options.dataset == "image_folder" and not options.classes_file:

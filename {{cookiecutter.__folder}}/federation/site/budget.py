@@ -54,7 +54,6 @@ def private(
     Raises:
         Declined: the job has no `--dp_epsilon` or would exceed the site's ceiling, or the model is unfit for DP-SGD.
     """
-    records = read(ledger[0]) if ledger else []
     ceiling = _ceiling()
     if options.dp_epsilon is None:
         if ceiling is not None:
@@ -64,6 +63,7 @@ def private(
         raise Declined("this site lacks a package: pip install opacus")
     from federation.site.dp import DPSGD, first_images, randomness, unfit
 
+    records = read(ledger[0]) if ledger else []
     plan = make_plan(options, sum(data.counts["train"].values()), records, ceiling, ledger[1] if ledger else {})
     if fault := unfit(model, first_images(data.train_dataloader())):
         raise Declined(f"{type(model).__name__} cannot be trained with differential privacy: {fault}")
@@ -137,7 +137,7 @@ def epsilon(history: tuple[Step, ...], delta: float) -> float:
 
 @cache
 def noise_for(target: float, delta: float, rate: float, steps: int) -> float:
-    """The smallest noise multiplier with which so many steps spend at most ε = `target`.
+    """The smallest noise multiplier for which `steps` steps spend at most ε = `target`.
 
     Raises:
         ValueError: there is none.

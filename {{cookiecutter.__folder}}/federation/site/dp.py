@@ -42,7 +42,7 @@ class SystemRandom:
 
 
 def randomness(options: Options, site: str, round_: int) -> Any:
-    """The source of noise and samples. Only in a simulation it follows from the seed, which protects nothing."""
+    """The source of noise and samples. In a simulation it is seeded, and so protects nothing."""
     if options.env == "sim":
         return np.random.default_rng((options.seed, zlib.crc32(site.encode()), round_))
     return SystemRandom()

@@ -79,7 +79,8 @@ class SiteHost(Executor):
             options, name = Options.of_job(), fl_ctx.get_identity_name()
             self.sites = hosts(options).get(name, [name]) if options.simulated else [name]
             root = Path(workspace.get_root_dir())
-            self.ledgers = {site: place(root, site, options.data_root) for site in self.sites}
+            apart = f"simulated-{job}/" if options.simulate else ""  # or a real site's own ledger would count it
+            self.ledgers = {site: place(root, f"{apart}{site}", options.data_root) for site in self.sites}
             submitter = (fl_ctx.get_prop(FLContextKey.JOB_META) or {}).get(JobMetaKey.SUBMITTER_NAME)
             code = code_hash(Path(client.__file__).parents[1])
             self.job = {"job": job, "submitter": submitter, "code": code}

@@ -1,4 +1,4 @@
-"""Import Lightning in two thirds of the time, and create its Trainers in half of it. Must be imported before Lightning.
+"""Import Lightning in two thirds of the time, and create Trainers faster. Must be imported before Lightning.
 
 If torchvision and scipy are installed, torchmetrics imports them for image and audio metrics that this project does not
 use, which takes 2 s of 7 in every process. This module makes it believe that they are not installed. If your model uses

@@ -26,12 +26,13 @@ class LitNet(LightningModule):
         self.accuracy(logits, labels)
         self.log(f"{stage}_loss", nn.functional.cross_entropy(logits, labels))
         self.log(f"{stage}_acc", self.accuracy, on_step=False, on_epoch=True)
+        return logits
 
     def validation_step(self, batch, batch_idx):
         self.score(batch, "val")
 
     def test_step(self, batch, batch_idx):
-        self.score(batch, "test")
+        return self.score(batch, "test")  # from these, the metrics by class are computed
 
     def predict_step(self, batch, batch_idx):
         return self(batch[0])
